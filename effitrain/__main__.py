@@ -1,0 +1,5 @@
+"""``python -m effitrain``."""
+
+from effitrain.cli.main import main
+
+main()

@@ -1,0 +1,135 @@
+"""Merge an adapter into the original 16-bit shards, one tensor in memory at a time.
+
+Merging into NF4 would throw most of a small update away; the result is always a full-precision model folder.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from effitrain.adapters.storage import AdapterBundle
+from effitrain.core.errors import InputError
+from effitrain.core.spec import ModelSpec
+from effitrain.io.atomic import atomic_folder, write_json
+from effitrain.io.checkpoint import Checkpoint
+from effitrain.io.writer import stream_safetensors
+
+SHARD_BYTES = 5 * 10**9  # the size transformers writes, so that other tools meet what they know
+_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
+
+
+def check_fits(spec: ModelSpec, bundle: AdapterBundle) -> None:
+    """Refuse an adapter of another model.
+
+    Raises:
+        InputError: the adapter changes a linear that the model does not have, or has in another shape.
+    """
+    shapes = {"lm_head": (spec.head.out_features, spec.head.in_features)}
+    for layer in spec.layers:
+        for linear in layer.linears:
+            shapes[f"model.layers.{layer.index}.{linear.name}"] = (linear.out_features, linear.in_features)
+    for path, (B, A) in bundle.tensors.items():
+        if shapes.get(path) != (B.shape[0], A.shape[1]):
+            raise InputError(
+                f"The adapter changes {path} of shape {(B.shape[0], A.shape[1])};"
+                f" {spec.name} has {shapes.get(path, 'no such linear')}.",
+                "It was trained on another model.",
+            )
+
+
+def merge(
+    source: Path,
+    weights: Checkpoint,
+    bundle: AdapterBundle,
+    target: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write ``weights`` plus the adapter's update to ``target`` as a complete model folder.
+
+    Args:
+        source: the model folder, for config and tokenizer.
+        weights: its tensors.
+        bundle: the adapter, which ``check_fits``.
+        target: written complete or not at all.
+        dtype: of the merged tensors; the sum is formed in float32.
+        shard_bytes: largest size of a file.
+        progress: told each tensor's name.
+
+    Raises:
+        InputError: the base is quantised.
+    """
+    names = weights.names()
+    if any(weights.is_nf4(name) for name in names):
+        raise InputError(
+            f"{source} is stored in NF4.",
+            "Merging into 4 bits would lose most of the update.",
+            "Name the original 16-bit model with --model.",
+        )
+    if "lm_head" in bundle.tensors and "lm_head.weight" not in names:
+        names.append("lm_head.weight")  # an adapted head is no longer the tied embedding
+    with atomic_folder(target) as tmp:
+        index = _write_shards(tmp, weights, bundle, names, dtype, shard_bytes, progress)
+        if len(set(index.values())) > 1:
+            total = sum(path.stat().st_size for path in tmp.glob("*.safetensors"))
+            write_json(tmp / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+        _copy_companions(source, tmp, dtype, untie="lm_head" in bundle.tensors)
+
+
+def _write_shards(
+    folder: Path,
+    weights: Checkpoint,
+    bundle: AdapterBundle,
+    names: list[str],
+    dtype: torch.dtype,
+    shard_bytes: int,
+    progress: Callable[[str], None],
+) -> dict[str, str]:
+    """Write the tensors in order, a new file whenever one is full; the file of every tensor."""
+    files: list[list[str]] = [[]]
+    size = 0
+    for name in names:
+        nbytes = math.prod(weights.shape(name)) * dtype.itemsize
+        if files[-1] and size + nbytes > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += nbytes
+    index = {}
+    for number, members in enumerate(files, 1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        layout = {name: (dtype, tuple(weights.shape(name))) for name in members}
+        stream_safetensors(folder / file, layout, lambda name: _merged(weights, bundle, name, dtype, progress))
+        index.update(dict.fromkeys(members, file))
+    return index
+
+
+def _merged(
+    weights: Checkpoint, bundle: AdapterBundle, name: str, dtype: torch.dtype, progress: Callable[[str], None]
+) -> Tensor:
+    progress(name)
+    tensor = weights.read(name)
+    path = name.removesuffix(".weight")
+    if path in bundle.tensors:
+        B, A = bundle.tensors[path]
+        tensor = tensor.float().addmm_(B, A, alpha=bundle.config.scaling)
+    return tensor.to(dtype)
+
+
+def _copy_companions(source: Path, target: Path, dtype: torch.dtype, untie: bool) -> None:
+    for pattern in _COMPANIONS:
+        for path in source.glob(pattern):
+            if not path.name.endswith(".index.json"):
+                shutil.copyfile(path, target / path.name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if untie:
+        config["tie_word_embeddings"] = False
+    write_json(target / "config.json", config)

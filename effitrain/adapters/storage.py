@@ -1,0 +1,168 @@
+"""Adapters on disk in peft's layout, which peft, vLLM and llama.cpp read: ``adapter_config.json`` and
+``adapter_model.safetensors`` with keys ``base_model.model.<module path>.lora_A.weight`` and ``lora_B.weight``.
+
+The scale of the update stays in ``adapter_config.json`` (alpha / r). Nothing here needs a model in memory.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from effitrain.adapters.base import Adapter, AdapterConfig
+from effitrain.core.errors import InputError
+from effitrain.io.atomic import atomic_folder, write_json, write_safetensors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterBundle:
+    """An adapter as read from disk.
+
+    Attributes:
+        config: rank, alpha and targets.
+        base_model: what its ``adapter_config.json`` names as the base model.
+        tensors: B [out, r] and A [r, in] in float32 by module path.
+    """
+
+    config: AdapterConfig
+    base_model: str
+    tensors: Mapping[str, tuple[Tensor, Tensor]]
+
+
+def save_adapter(
+    folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], config: AdapterConfig, base_model: str
+) -> None:
+    """Write an adapter to ``folder``, complete or not at all; one already there is replaced.
+
+    Args:
+        folder: the adapter's own.
+        factors: L [out, r] and R [r, in] by module path, saved as lora_B and lora_A: any low-rank kind loads as LoRA.
+        config: rank and scale, the same for all.
+        base_model: written down for whoever loads it.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path, (left, right) in factors.items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = right.float().cpu().contiguous()
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = left.float().cpu().contiguous()
+    with atomic_folder(folder) as tmp:
+        write_safetensors(tmp / WEIGHTS, tensors, {"format": "pt"})
+        write_json(tmp / CONFIG, _peft_config(list(factors), config, base_model))
+
+
+def adapter_folder(path: str) -> Path:
+    """The adapter in a folder: the folder itself, or ``adapter`` inside a run folder."""
+    inside = Path(path) / "adapter"
+    return inside if (inside / "adapter_config.json").is_file() else Path(path)
+
+
+def read_adapter(folder: Path) -> AdapterBundle:
+    """Read a LoRA adapter in peft's layout, ours or another tool's.
+
+    Raises:
+        InputError: files are missing or damaged, or the adapter is of a kind that is not a plain LoRA.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
+            raise InputError(
+                f"There is no adapter in {folder}: {name} is missing ({found}).",
+                next_step="Name the folder that holds adapter_config.json and adapter_model.safetensors.",
+            )
+    try:
+        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise InputError(f"The adapter in {folder} is damaged: {error}") from None
+    _refuse_unsupported(raw, folder)
+    pairs = _pairs(tensors, folder)
+    config = AdapterConfig(
+        r=raw["r"],
+        alpha=raw["lora_alpha"],
+        targets=tuple(pairs),
+        rslora=raw.get("use_rslora", False),
+    )
+    return AdapterBundle(config, str(raw.get("base_model_name_or_path")), pairs)
+
+
+def load_into(adapters: Mapping[str, Adapter], bundle: AdapterBundle, source: str) -> None:
+    """Put the tensors of ``bundle`` into adapters already on a model; where scales differ, B makes up for it.
+
+    Raises:
+        InputError: the two do not name the same linears, ranks or shapes.
+    """
+    missing, extra = sorted(set(adapters) - set(bundle.tensors)), sorted(set(bundle.tensors) - set(adapters))
+    if missing or extra:
+        raise InputError(
+            f"The adapter {source} does not fit this model: {len(missing)} linears have no tensors in it"
+            f" and {len(extra)} of its tensors find no linear (such as {(missing + extra)[0]}).",
+            "It was trained on another model or with other --lora-targets.",
+        )
+    for path, adapter in adapters.items():
+        B, A = bundle.tensors[path]
+        left, right = adapter.factors()
+        if B.shape != left.shape or A.shape != right.shape:
+            raise InputError(
+                f"The adapter {source} has {tuple(B.shape)} x {tuple(A.shape)} at {path};"
+                f" this model needs {tuple(left.shape)} x {tuple(right.shape)}.",
+                next_step=f"Use --lora-r {len(A)} and the model it was trained on.",
+            )
+        adapter.load_factors(B * (bundle.config.scaling / adapter.scaling), A)
+
+
+def _peft_config(paths: list[str], config: AdapterConfig, base_model: str) -> dict[str, Any]:
+    in_some_layers = any("." in target for target in config.targets or ())
+    targets = paths if in_some_layers else sorted({path.rpartition(".")[2] for path in paths})
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def _refuse_unsupported(raw: dict[str, Any], folder: Path) -> None:
+    reasons = [
+        f"{key} is set" for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if raw.get(key)
+    ]
+    if raw.get("peft_type") != "LORA":
+        reasons.append(f"peft_type is {raw.get('peft_type')}")
+    if raw.get("bias", "none") != "none":
+        reasons.append(f"bias is {raw['bias']}")
+    if not isinstance(raw.get("r"), int) or not isinstance(raw.get("lora_alpha"), int | float):
+        reasons.append("r or lora_alpha is missing")
+    if reasons:
+        raise InputError(f"The adapter in {folder} is not a plain LoRA: {', '.join(reasons)}.")
+
+
+def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """B and A by module path."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, dot, side = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if not dot or side not in ("A", "B"):
+            raise InputError(f"{folder / WEIGHTS} holds {key}, which is not a LoRA tensor in peft's layout.")
+        sides.setdefault(path, {})[side] = tensor.to(torch.float32)
+    halves = [path for path, pair in sides.items() if len(pair) < 2]
+    if halves or not sides:
+        raise InputError(
+            f"{folder / WEIGHTS} has no complete pair of lora_A and lora_B at {(halves or ['any path'])[0]}."
+        )
+    return {path: (pair["B"], pair["A"]) for path, pair in sides.items()}

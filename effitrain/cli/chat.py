@@ -1,0 +1,50 @@
+"""``effitrain chat``."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from effitrain.cli.flags import MEMORY_FIELDS, MODEL_FIELDS, recipe_fields, recipe_flags
+
+if TYPE_CHECKING:
+    from effitrain.evals.chat import ChatSession
+
+
+@click.command("chat")
+@recipe_flags([*MODEL_FIELDS, "template", *MEMORY_FIELDS])
+@click.option("--adapter", metavar="DIR", help="Adapter folder, or a run folder that holds one.")
+@click.option("--prompt", help="Answer this and end; without it, talk.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+def command(adapter: str | None, prompt: str | None, max_new_tokens: int, temperature: float, **flags: Any) -> None:
+    """Generate text from a model, with or without an adapter."""
+    from effitrain.planning import recipe
+
+    asked = recipe(**recipe_fields(flags))
+    from effitrain import api
+
+    session = api.chat(asked, adapter)
+    if prompt is not None:
+        _answer(session, [{"role": "user", "content": prompt}], max_new_tokens, temperature)
+        return
+    click.echo("An empty line ends the chat.", err=True)
+    messages: list[dict[str, str]] = []
+    while line := _ask():
+        messages.append({"role": "user", "content": line})
+        text = _answer(session, messages, max_new_tokens, temperature)
+        messages.append({"role": "assistant", "content": text})
+
+
+def _ask() -> str:
+    click.echo("> ", nl=False, err=True)
+    return sys.stdin.readline().strip()
+
+
+def _answer(session: "ChatSession", messages: list[dict[str, str]], max_new_tokens: int, temperature: float) -> str:
+    pieces = []
+    for piece in session.answer(messages, max_new_tokens, temperature):
+        click.echo(piece, nl=False)
+        pieces.append(piece)
+    click.echo()
+    return "".join(pieces)

@@ -1,0 +1,17 @@
+"""``effitrain doctor``."""
+
+import click
+
+
+@click.command("doctor")
+def command() -> None:
+    """Check the machine, the packages, and that training here is right; exit 1 when something is wrong."""
+    from effitrain.evals.doctor import checks
+
+    wrong = 0
+    for check in checks():
+        sign = {True: click.style("ok", fg="green"), False: click.style("wrong", fg="red"), None: "--"}[check.ok]
+        click.echo(f"{sign:>5}  {check.name}: {check.detail}")
+        wrong += check.ok is False
+    if wrong:
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,24 @@
+"""``effitrain export``."""
+
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from effitrain.cli.flags import recipe_fields, recipe_flags
+
+
+@click.command("export")
+@recipe_flags(["model", "output_dir"])
+@click.option("--adapter", metavar="DIR", required=True, help="Adapter folder, or a run folder that holds one.")
+@click.option("--to", type=click.Choice(["peft", "merged"]), default="peft", show_default=True, help="What to write.")
+def command(adapter: str, to: str, **flags: Any) -> None:
+    """Write an adapter for stock peft, or merged into the full-precision model."""
+    from effitrain.planning import recipe
+
+    asked = recipe(**recipe_fields(flags))
+    from effitrain import api
+
+    with tqdm(desc="merging", unit="tensor", disable=to != "merged") as bar:
+        written = api.export(asked, adapter, asked.output_dir, to, lambda name: bar.update() and None)
+    click.echo(f"Written: {written}")

@@ -1,0 +1,72 @@
+"""Flags made from the recipe's fields: one name, one meaning, one default everywhere."""
+
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Union, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+
+from effitrain.core.recipe import LATER, LATER_VALUES, Recipe, read_recipe_file
+
+MODEL_FIELDS = ("model", "weights")
+DATA_FIELDS = ("dataset", "format", "columns", "template", "train_on_prompt", "truncation", "packing")
+MEMORY_FIELDS = ("gpu_mem", "host_mem", "quant", "dtype", "batch_size", "max_seq_len", "seed")
+_BYTE_FIELDS = {"gpu_mem", "host_mem"}
+
+
+def recipe_flags(fields: Iterable[str] | None = None) -> Callable[[Any], Any]:
+    """Decorator that gives a command a flag for each recipe field, all of them by default, and ``--config``."""
+    chosen = list(fields or Recipe.model_fields)
+
+    def decorate(command: Any) -> Any:
+        for name in reversed(chosen):
+            command = _option(name, Recipe.model_fields[name])(command)
+        return click.option("--config", metavar="FILE", help="Recipe in YAML; flags override it.")(command)
+
+    return decorate
+
+
+def recipe_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Raw recipe fields from parsed flags: those of ``--config``, overridden by the flags that were given."""
+    given = {name: value for name, value in values.items() if name in Recipe.model_fields and value is not None}
+    config = values.get("config")
+    return {**(read_recipe_file(config) if config else {}), **given}
+
+
+def unknown_option_hint(option: str) -> str | None:
+    """What to say of a flag of the published command line that this version does not have."""
+    feature = LATER.get(option.lstrip("-").removeprefix("no-").replace("-", "_"))
+    return f"{option} belongs to {feature}, which this version does not have yet." if feature else None
+
+
+def _option(name: str, field: FieldInfo) -> Callable[[Any], Any]:
+    flag = "--" + name.replace("_", "-")
+    names = [flag, "-o", name] if name == "output_dir" else [flag, name]
+    if field.annotation is bool:
+        names[0] = f"{flag}/--no-{name.replace('_', '-')}"
+        return click.option(*names, default=None, help=_help(field))
+    return click.option(*names, default=None, metavar=_metavar(name, field), help=_help(field))
+
+
+def _help(field: FieldInfo) -> str:
+    shown = field.default if not isinstance(field.default, bool) else "on" if field.default else "off"
+    return f"{field.description}." + ("" if shown is None else f"  [{shown}]")
+
+
+def _metavar(name: str, field: FieldInfo) -> str:
+    if name in LATER_VALUES and name == "fit":
+        return "auto|resident"
+    kind = _bare(field.annotation)
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if name in _BYTE_FIELDS:
+        return "SIZE"
+    return {int: "N", float: "X"}.get(kind, "TEXT")
+
+
+def _bare(kind: Any) -> Any:
+    """The type without ``None``."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return next(arg for arg in get_args(kind) if arg is not type(None))
+    return kind

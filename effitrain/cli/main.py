@@ -1,0 +1,69 @@
+"""``effitrain VERB``: finds the verb's file, and turns errors into one message and an exit code."""
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from effitrain.cli.flags import unknown_option_hint
+from effitrain.core.errors import EffitrainError
+
+VERBS = ("plan", "run", "eval", "chat", "export", "doctor")
+_LATER_VERBS = {"prune": "pruning", "recover": "pruning", "bench": "the kernel benchmarks", "store": "layer streaming"}
+
+
+class _Verbs(click.Group):
+    """Loads only the verb that was asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        module = importlib.import_module(f"effitrain.cli.{name}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] in _LATER_VERBS:
+            ctx.fail(f"{args[0]!r} belongs to {_LATER_VERBS[args[0]]}, which this version does not have yet.")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_Verbs,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+@click.version_option(package_name="effitrain", message="%(version)s")
+def cli() -> None:
+    """Adapt a language model far larger than your GPU, exactly within a memory budget you name."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the console script; exits with 0, 2 (bad input), 3 (nothing fits), 130 (interrupted) or 1."""
+    if not sys.platform.startswith("linux"):
+        _fail("effitrain runs on Linux and on Windows under WSL2.", 2)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code = cli.main(args, prog_name="effitrain", standalone_mode=False)
+    except click.NoSuchOption as error:
+        _fail(unknown_option_hint(error.option_name) or error.format_message(), 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except EffitrainError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("Interrupted.", 130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"effitrain: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,37 @@
+"""How the terminal shows a plan."""
+
+from dataclasses import asdict
+
+from rich.console import Console as Terminal
+from rich.table import Table
+
+from effitrain.core.plan import Plan
+from effitrain.core.units import format_bytes
+
+_SMALLEST_SHARE = 0.01  # ledger lines below this share of the peak are summed up in one line
+
+
+def print_plan(plan: Plan, terminal: Terminal | None = None) -> None:
+    """The plan as a short table: verdict, settings, and where the bytes go."""
+    terminal = terminal or Terminal(highlight=False, soft_wrap=True)
+    verdict = "fits" if plan.fits else "does not fit"
+    terminal.print(
+        f"[bold]{plan.model.name}[/] ({plan.model.params / 1e6:,.1f}M parameters), {plan.fit}: {verdict}."
+        f" Peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)},"
+        f" host {format_bytes(plan.host_peak_bytes)}."
+    )
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asdict(plan.settings).items())
+    terminal.print(f"[dim]{settings}[/]")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title, side in (("what", "left"), ("bytes", "right"), ("how", "left")):
+        table.add_column(title, justify=side, no_wrap=title != "how")  # type: ignore[arg-type]
+    lines = [line for line in plan.ledger if line.where == "gpu"]
+    small = sum(line.bytes for line in lines if line.bytes < _SMALLEST_SHARE * plan.peak_bytes)
+    for line in sorted(lines, key=lambda line: -line.bytes):
+        if line.bytes >= _SMALLEST_SHARE * plan.peak_bytes:
+            table.add_row(line.what, format_bytes(line.bytes), f"[dim]{line.formula}[/]")
+    if small:
+        table.add_row("the rest", format_bytes(small), "")
+    terminal.print(table)
+    for reason in plan.reasons:
+        terminal.print(f"[dim]{reason}[/]")

@@ -1,0 +1,1 @@
+"""Values and rules, without torch: errors, units, specs, recipe, budget, plan. Imports nothing else of effitrain."""

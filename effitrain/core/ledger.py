@@ -1,0 +1,51 @@
+"""The values of the memory ledger: its lines, and the training settings that they depend on."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+GPU, HOST = "gpu", "host"
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class LedgerLine:
+    """One item: what, where it lives (``gpu``, ``host``, ``disk``), its bytes, and how they were counted."""
+
+    what: str
+    where: str
+    bytes: int
+    formula: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The training settings a plan decides on; lengths in tokens, ``batch_size`` in samples a micro-batch."""
+
+    max_seq_len: int
+    batch_size: int
+    grad_accum: int
+    dtype: Literal["bf16", "fp16", "fp32"]
+    recompute: Literal["none", "layer"]
+    optimizer: str
+    lr: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a full micro-batch."""
+        return self.batch_size * self.max_seq_len
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return DTYPE_BYTES[self.dtype]
+
+
+def gpu_bytes(lines: Iterable[LedgerLine]) -> int:
+    """Sum of the lines on the device."""
+    return sum(line.bytes for line in lines if line.where == GPU)
+
+
+def host_bytes(lines: Iterable[LedgerLine]) -> int:
+    """Sum of the lines on the host."""
+    return sum(line.bytes for line in lines if line.where == HOST)

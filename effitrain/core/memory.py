@@ -1,0 +1,214 @@
+"""The memory model: every byte alive at the worst moment of a training step, each term a function with its formula.
+
+Letters in formulas: T tokens of a micro-batch, L layers, h hidden size, V vocabulary; widths of the compute dtype
+(``c`` in the code) are written as 2 B or 4 B.
+"""
+
+from collections.abc import Iterator
+
+from effitrain.core.budget import MemoryBudget
+from effitrain.core.ledger import GPU, HOST, LedgerLine, Settings, gpu_bytes
+from effitrain.core.recipe import Recipe
+from effitrain.core.spec import LayerSpec, LinearSpec, ModelSpec
+
+# NF4 as in bitsandbytes: an 8-bit scale per block of 64 weights, a 4-byte scale per 256 of those.
+BLOCK, NESTED_BLOCK = 64, 256
+# bitsandbytes' 8-bit optimizer keeps tensors below this in 32 bits, and a 4-byte scale per 256 values of a moment.
+MIN_8BIT, STATE_BLOCK = 4096, 256
+# The fp32 logits of one chunk of rows take at most this, and a chunk has at least so many rows.
+LOSS_CHUNK_BYTES, LOSS_MIN_ROWS = 64 * 2**20, 16
+# Resident size of the process with every library loaded: 0.55 GiB measured with the CPU build of torch; data on top.
+PROCESS_BYTES = {"cpu": 2**30, "cuda": 2 * 2**30}
+
+
+def make_ledger(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> tuple[LedgerLine, ...]:
+    """What is alive on the device at the worst moment of a step, and what the host holds.
+
+    Four moments compete: the loss, the backward pass of the final norm, that of the last layer, the optimizer step.
+    """
+    resident = (
+        *_frozen(spec, recipe, settings),
+        *_tables(spec, settings, budget.device),
+        *_adapters(spec, recipe, settings),
+        _gpu("context and slack", budget.overhead_bytes, "CUDA context, workspaces, allocator slack"),
+    )
+    forward = _activations(spec, recipe, settings)
+    moments = (
+        (*forward, *_loss(spec, settings)),
+        (*forward, _norm_backward(spec, settings)),
+        (*forward, *_layer_backward(spec, recipe, settings)),
+        (_optimizer_step(spec, recipe, settings, budget.device),),
+    )
+    lines = (*resident, *max(moments, key=gpu_bytes), *_host(spec, settings, budget.device))
+    return tuple(line for line in lines if line.bytes)
+
+
+def adapted(linear: LinearSpec, recipe: Recipe) -> bool:
+    """Whether the recipe puts an adapter on this linear; by default on every one except the head."""
+    if recipe.lora_targets is None:
+        return linear.name != "lm_head"
+    return linear.name in recipe.lora_targets or linear.leaf in recipe.lora_targets
+
+
+def nf4_bytes(weights: int) -> int:
+    """Packed codes and both levels of scales of one tensor; its 4-byte offset is not counted."""
+    blocks = _ceil(weights, BLOCK)
+    return _ceil(weights, 2) + blocks + 4 * _ceil(blocks, NESTED_BLOCK)
+
+
+def optimizer_bytes(size: int, optimizer: str) -> int:
+    """Two moments of a tensor of ``size``: fp32, or 8-bit with scales. Paged ones count on the device, where used."""
+    if optimizer == "adamw" or size < MIN_8BIT:
+        return 8 * size
+    return 2 * size + 2 * 4 * _ceil(size, STATE_BLOCK)
+
+
+def saved_bytes(layer: LayerSpec, spec: ModelSpec, recipe: Recipe, c: int) -> int:
+    """Bytes a token that one layer's forward pass keeps for its backward pass, the layer's input in fp32 included.
+
+    Counts the storages that autograd holds for transformers' layers around our own linears: both norms keep their
+    input in fp32 and a reciprocal root; adapters their input (one for q, k, v and one for gate, up) and ``x A^T``;
+    attention q, k, v, its output and the logsumexp; the MLP gate, up and, for down's adapter, the product. Gemma's
+    GeGLU is left to autograd, which keeps gelu(gate) as well.
+    """
+    rows = {linear.leaf: linear.out_features for linear in layer.linears}
+    on = {linear.leaf for linear in layer.linears if adapted(linear, recipe)}
+    queries, keys = rows["q_proj"], rows["k_proj"]
+    inputs = bool(on & {"q_proj", "k_proj", "v_proj"}) + bool(on & {"gate_proj", "up_proj"})
+    norms = 2 * (4 * spec.hidden + 4) + inputs * spec.hidden * c
+    qk_norms = 4 * (queries + keys + (queries + keys) // spec.head_dim) if spec.qk_norm else 0
+    attention = 2 * (queries + keys) * c + 4 * (queries // spec.head_dim)
+    mlp = (2 + (spec.family == "gemma") + ("down_proj" in on)) * rows["gate_proj"] * c
+    kept = norms + qk_norms + attention + mlp + len(on) * recipe.lora_r * c
+    if recipe.lora_dropout:  # every adapter then has an input of its own and a mask
+        kept += sum((c + 1) * linear.in_features for linear in layer.linears if linear.leaf in on)
+    return kept
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _gpu(what: str, size: int, formula: str) -> LedgerLine:
+    return LedgerLine(what, GPU, size, formula)
+
+
+def _linears(spec: ModelSpec) -> Iterator[tuple[LinearSpec, int]]:
+    """Every different decoder linear and how many there are."""
+    return ((linear, count) for layer, count in spec.shapes for linear in layer.linears)
+
+
+def _factors(spec: ModelSpec, recipe: Recipe) -> list[tuple[int, int]]:
+    """Sizes of the adapters' factors, ``A [r, in]`` and ``B [out, r]``, and how many there are of each."""
+    linears = [(linear, count) for linear, count in (*_linears(spec), (spec.head, 1)) if adapted(linear, recipe)]
+    return [(recipe.lora_r * side, n) for linear, n in linears for side in (linear.in_features, linear.out_features)]
+
+
+def _frozen(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
+    weights = f"{spec.linear_params:,} weights"
+    if recipe.quant == "none":
+        return (_gpu("frozen linears", spec.linear_params * settings.width, f"{weights} x {settings.width} B"),)
+    size = sum(count * nf4_bytes(linear.weights) for linear, count in _linears(spec))
+    tensors = sum(count for _, count in _linears(spec))
+    return (
+        _gpu("frozen linears", size, f"{weights} x (1/2 + 1/64 + 1/4096) B, rounded up per tensor"),
+        _gpu("NF4 offsets", 4 * tensors, f"{tensors} tensors x 4 B"),
+    )
+
+
+def _tables(spec: ModelSpec, settings: Settings, device: str) -> tuple[LedgerLine, ...]:
+    """Embedding, head, norms and biases, all in the compute dtype."""
+    c = settings.width
+    table = f"V {spec.vocab} x h {spec.hidden} x {c} B"
+    small = sum(count * (layer.params - layer.weights) for layer, count in spec.shapes) + spec.hidden
+    norms = _gpu("norms and biases", small * c, f"{small:,} x {c} B")
+    if spec.tied:
+        return _gpu("embedding, tied to the head", spec.embedding_params * c, table), norms
+    where = HOST if device == "cuda" else GPU
+    embedding = LedgerLine("embedding", where, spec.embedding_params * c, table)
+    return embedding, _gpu("head", spec.head.params * c, table), norms
+
+
+def _adapters(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
+    factors = _factors(spec, recipe)
+    weights = sum(size * count for size, count in factors)
+    states = sum(count * optimizer_bytes(size, settings.optimizer) for size, count in factors)
+    each = "8 B" if settings.optimizer == "adamw" else f"(2 + 8/{STATE_BLOCK}) B, 8 B in tensors below {MIN_8BIT}"
+    return (
+        _gpu("adapter weights", 4 * weights, f"{weights:,} x 4 B (rank {recipe.lora_r})"),
+        _gpu("adapter gradients", 4 * weights, f"{weights:,} x 4 B"),
+        _gpu("optimizer states", states, f"{weights:,} x {each} ({settings.optimizer})"),
+    )
+
+
+def _activations(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
+    """The batch, and what the layers' forward passes leave for the backward pass."""
+    tokens, c = settings.tokens, settings.width
+    batch = _gpu(
+        "batch",
+        tokens * (3 * 8 + 2 * spec.head_dim * c),
+        f"T {tokens} x (3 x 8 B + rotary 2 x {spec.head_dim} x {c} B)",
+    )
+    if settings.recompute == "layer":
+        formula = f"L {spec.num_layers} x T {tokens} x h {spec.hidden} x {c} B"
+        return batch, _gpu("layer inputs", spec.num_layers * tokens * spec.hidden * c, formula)
+    per_token = sum(count * saved_bytes(layer, spec, recipe, c) for layer, count in spec.shapes)
+    formula = f"T {tokens} x {per_token:,} B in {spec.num_layers} layers"
+    return batch, _gpu("layer activations", tokens * per_token, formula)
+
+
+def _loss(spec: ModelSpec, settings: Settings) -> tuple[LedgerLine, ...]:
+    """Head and loss in chunks of rows: one chunk of logits, which its gradient overwrites, and the hidden states."""
+    tokens, c, h = settings.tokens, settings.width, spec.hidden
+    rows = min(tokens, max(LOSS_MIN_ROWS, LOSS_CHUNK_BYTES // (4 * spec.vocab)))
+    per_logit = 4 + (c if c < 4 else 0)
+    states = f"T {tokens} x h {h} x (4 B norm input + 3 x {c} B: output, trained rows, gradient)"
+    return (
+        _gpu("loss chunk", rows * spec.vocab * per_logit, f"{rows} rows x V {spec.vocab} x {per_logit} B"),
+        _gpu("final hidden states and gradient", tokens * h * (4 + 3 * c), states),
+    )
+
+
+def _norm_backward(spec: ModelSpec, settings: Settings) -> LedgerLine:
+    """The final norm's backward pass: its input and five temporaries in fp32, and the incoming gradient."""
+    tokens, c, h = settings.tokens, settings.width, spec.hidden
+    per_number = 6 * 4 + (c if c < 4 else 0)
+    return _gpu("final norm's gradients", tokens * h * per_number, f"T {tokens} x h {h} x {per_number} B")
+
+
+def _layer_backward(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
+    """The live layer: recomputed activations, gradients at the widest point of the MLP, one dequantised weight."""
+    tokens, c, h = settings.tokens, settings.width, spec.hidden
+    ffn = max(linear.out_features for linear, _ in _linears(spec) if linear.leaf == "gate_proj")
+    widest = f"T {tokens} x 2 x (h {h} + FFN {ffn}) x {c} B"
+    lines = [_gpu("layer gradients", tokens * 2 * (h + ffn) * c, widest)]
+    if settings.recompute == "layer":
+        # In fp32 the first norm keeps the layer input itself, which is counted with the layer inputs.
+        counted = 4 * h if c == 4 else 0
+        per_token = max(saved_bytes(layer, spec, recipe, c) for layer, _ in spec.shapes) - counted
+        lines.append(_gpu("live layer", tokens * per_token, f"T {tokens} x {per_token:,} B"))
+    if recipe.quant == "nf4":
+        weights = max(linear.weights for linear, _ in _linears(spec))
+        size = weights * c + 4 * _ceil(weights, BLOCK)
+        lines.append(_gpu("dequantised weight", size, f"largest: {weights:,} x ({c} + 4/{BLOCK}) B"))
+    return tuple(lines)
+
+
+def _optimizer_step(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) -> LedgerLine:
+    """Temporaries of AdamW: roots of all second moments at once on CUDA, of one tensor at a time on a CPU."""
+    factors = _factors(spec, recipe) if settings.optimizer == "adamw" else []
+    if device == "cuda":
+        numbers = sum(size * count for size, count in factors)
+    else:
+        numbers = max((size for size, _ in factors), default=0)
+    return _gpu("optimizer temporaries", 4 * numbers, f"{numbers:,} x 4 B")
+
+
+def _host(spec: ModelSpec, settings: Settings, device: str) -> tuple[LedgerLine, ...]:
+    largest = max(spec.embedding_params, *(linear.weights for linear, _ in _linears(spec)))
+    return (
+        LedgerLine(
+            "largest tensor, while it loads", HOST, largest * settings.width, f"{largest:,} x {settings.width} B"
+        ),
+        LedgerLine("process and data", HOST, PROCESS_BYTES[device], "interpreter, libraries, tokenised data"),
+    )

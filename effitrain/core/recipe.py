@@ -1,0 +1,246 @@
+"""The recipe: every choice of a run, as one frozen value. The command line's flags are made from these fields."""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from effitrain.core.errors import InputError
+from effitrain.core.units import parse_bytes
+
+# Flags of the published command line whose feature this version does not have yet, and that feature.
+LATER = {
+    "resident_layers": "layer streaming",
+    "stream_order": "layer streaming",
+    "prefer": "the choice between streaming and pruning",
+    "offload_activations": "activation offload",
+    "prove": "the symbolic proof of the plan",
+    "mlp_tiles": "tiled MLPs for long context",
+    "prune_ratio": "pruning",
+    "prune_parts": "pruning",
+    "prune_score": "pruning",
+    "prune_method": "pruning",
+    "prune_round": "pruning",
+    "prune_exempt": "pruning",
+    "align": "pruning",
+    "calib_dataset": "pruning",
+    "lisa_layers": "LISA",
+    "lisa_interval": "LISA",
+    "lisa_state": "LISA",
+    "lisa_train_embeddings": "LISA",
+    "attention": "shifted sparse attention",
+    "s2_group": "shifted sparse attention",
+    "rope_scaling": "longer context",
+    "rope_factor": "longer context",
+    "train_norms": "longer context",
+    "train_embeddings": "longer context",
+}
+# Values of --fit and --method that later versions bring.
+LATER_VALUES = {
+    "fit": {"stream": "Layer streaming", "prune": "Pruning"},
+    "method": {
+        "full": "Full fine-tuning",
+        "lisa": "LISA",
+        "lisa-lora": "LISA",
+        "lisa-delta": "LISA",
+    },
+}
+
+
+def _bytes(value: Any) -> int:
+    try:
+        return parse_bytes(value)
+    except InputError as error:
+        raise ValueError(str(error).replace("\n", " ").rstrip(".")) from None
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes)]
+
+
+def _columns(value: Any) -> Any:
+    """``prompt=question,completion=answer`` as a dict; a dict stays as it is."""
+    if not isinstance(value, str):
+        return value
+    pairs = [pair.partition("=") for pair in value.split(",")]
+    if not all(name and sign and column for name, sign, column in pairs):
+        raise ValueError("write it like prompt=question,completion=answer")
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+def _names(value: Any) -> Any:
+    """``q_proj,v_proj`` as a tuple of names."""
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+def _auto(value: Any) -> Any:
+    """``auto`` stands for None: the plan decides."""
+    return None if value == "auto" else value
+
+
+Auto = BeforeValidator(_auto)
+
+
+def _flag(default: Any, help: str, *, group: str, **bounds: Any) -> Any:
+    return Field(default, description=help, json_schema_extra={"group": group}, **bounds)
+
+
+class Recipe(BaseModel):
+    """Every choice of a run. ``None`` means: decided by the model, the data or the plan.
+
+    Sizes are in bytes, lengths in tokens, ``warmup`` and ``eval_fraction`` are shares of the run and of the data.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: str = _flag("tiny", "Preset, model folder or hub id", group="model")
+    weights: str | None = _flag(
+        None, "synthetic[:SEED]: random weights of the model's shape, for rehearsals", group="model",
+        pattern=r"^synthetic(:\d+)?$",
+    )  # fmt: skip
+
+    dataset: str | None = _flag(None, "File, folder or hub id; the built-in set when left out", group="data")
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text"] = _flag(
+        "auto", "How the rows are laid out", group="data"
+    )
+    columns: Annotated[dict[str, str] | None, BeforeValidator(_columns)] = _flag(
+        None, "Names of the columns, e.g. prompt=question,completion=answer", group="data"
+    )
+    template: str = _flag("auto", "Chat template: auto, plain, chatml, llama3, ...", group="data")
+    train_on_prompt: bool = _flag(False, "Train on the prompt's tokens too", group="data")
+    truncation: Literal["right", "left", "drop"] = _flag("right", "What happens to samples too long", group="data")
+    packing: bool = _flag(False, "Fill every row with several samples, kept apart", group="data")
+    eval_dataset: str | None = _flag(None, "Evaluation data; a split of the data when left out", group="data")
+    eval_fraction: float = _flag(
+        0.05, "Share of the data kept for evaluation, at most 200 rows", group="data", ge=0, lt=1
+    )
+    eval_every: int | None = _flag(None, "Evaluate every N steps, besides before and after", group="data", ge=1)
+
+    output_dir: str = _flag("effitrain-out", "Run folder", group="output", min_length=1)
+    save_every: Annotated[int | None, Auto] = _flag(
+        None, "Checkpoint every N steps; a tenth of the run", group="output", ge=1
+    )
+    keep_checkpoints: int = _flag(2, "Checkpoints kept", group="output", ge=1)
+    resume: str = _flag("auto", "auto, never, or the checkpoint folder to go on from", group="output")
+    report_to: Literal["none", "tensorboard", "wandb"] = _flag("none", "Send metrics to a tracker too", group="output")
+
+    gpu_mem: Annotated[Bytes | None, Auto] = _flag(None, "Device memory budget, e.g. 20G; what is free", group="memory")
+    host_mem: Annotated[Bytes | None, Auto] = _flag(None, "Host memory budget; 80 % of what is free", group="memory")
+    gpu: str | None = _flag(None, "Plan for a card that is not here, e.g. rtx4090", group="memory")
+    fit: Literal["auto", "resident", "stream", "prune"] = _flag("auto", "How the model is made to fit", group="memory")
+    quant: Literal["nf4", "none"] = _flag("nf4", "Storage of the frozen weights", group="memory")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = _flag(
+        "auto", "Compute dtype; bf16 on CUDA, fp32 on CPU", group="memory"
+    )
+    recompute: Literal["auto", "none", "layer"] = _flag(
+        "auto", "Recompute each layer in the backward pass", group="memory"
+    )
+
+    max_seq_len: Annotated[int | None, Auto] = _flag(
+        None, "Tokens of a sample; the model's length, at most 2048", group="training", ge=8
+    )
+    batch_size: Annotated[int | None, Auto] = _flag(None, "Samples a micro-step; from the plan", group="training", ge=1)
+    grad_accum: Annotated[int | None, Auto] = _flag(
+        None, "Micro-steps a step; from the plan, 16 samples a step", group="training", ge=1
+    )
+    lr: Annotated[float | None, Auto] = _flag(None, "Peak learning rate; 2e-4 for adapters", group="training", gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = _flag(
+        "cosine", "Learning-rate schedule; cosine ends at 10 %", group="training"
+    )
+    warmup: float = _flag(0.03, "Warm-up, as a share of the run", group="training", ge=0, lt=1)
+    epochs: float = _flag(1.0, "Passes over the data", group="training", gt=0)
+    max_steps: int | None = _flag(None, "Train for N steps, whatever --epochs says", group="training", ge=1)
+    seed: int = _flag(42, "Seed of every random choice", group="training", ge=0, lt=2**63)
+    weight_decay: float = _flag(0.0, "AdamW weight decay", group="training", ge=0)
+    max_grad_norm: float = _flag(1.0, "Gradient clipping; 0 turns it off", group="training", ge=0)
+    optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit"] = _flag("adamw", "Optimizer", group="training")
+
+    method: str = _flag("lora", "Adapter kind", group="adapter")
+    lora_r: int = _flag(16, "Rank", group="adapter", ge=1)
+    lora_alpha: float = _flag(32.0, "Alpha; the update is scaled by alpha / r", group="adapter", gt=0)
+    lora_dropout: float = _flag(0.0, "Dropout on the adapter's input", group="adapter", ge=0, lt=1)
+    lora_targets: Annotated[tuple[str, ...] | None, BeforeValidator(_names), Auto] = _flag(
+        None, "Linears to adapt, e.g. q_proj,v_proj,lm_head; all decoder linears", group="adapter"
+    )
+    lora_rslora: bool = _flag(False, "Scale by alpha / sqrt(r) instead of alpha / r", group="adapter")
+    init_adapter: str | None = _flag(None, "Go on from this adapter folder", group="adapter", min_length=1)
+
+    def changed(self, **fields: Any) -> "Recipe":
+        """A copy with ``fields`` replaced, validated again."""
+        return make_recipe({**self.model_dump(), **fields})
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that ``--config`` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def fingerprint(self) -> str:
+        """Hash of the fields that decide the result: not of where it goes, nor of how it is watched."""
+        kept = self.model_dump(mode="json", exclude=RUNTIME_FIELDS)
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# Fields that change where a run goes or how it is watched, never what it computes.
+RUNTIME_FIELDS = {"output_dir", "resume", "report_to", "save_every", "keep_checkpoints", "gpu_mem", "host_mem", "gpu"}
+
+
+def make_recipe(fields: dict[str, Any]) -> Recipe:
+    """A checked recipe from raw fields (flags, YAML or keyword arguments).
+
+    Raises:
+        InputError: names every bad field at once, an unknown key with the nearest valid one.
+    """
+    problems = [_unknown(key) for key in fields if key not in Recipe.model_fields]
+    known = {key: value for key, value in fields.items() if key in Recipe.model_fields}
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(known)
+    except ValidationError as error:
+        problems += [_describe(item) for item in error.errors()]
+    except InputError as error:
+        problems.append(str(error))
+    problems += [_not_yet(key, known[key]) for key in LATER_VALUES if known.get(key) in LATER_VALUES[key]]
+    if problems or recipe is None:
+        raise InputError("\n".join(problems), next_step="effitrain run --help lists every flag.")
+    return recipe
+
+
+def read_recipe_file(path: str | Path) -> dict[str, Any]:
+    """The raw fields of a recipe in YAML; kebab-case keys are accepted.
+
+    Raises:
+        InputError: no such file, not YAML, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"The recipe {path} cannot be read: {error.strerror}.", next_step="Check --config.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"The recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"The recipe {path} must hold keys and values, like 'model: tiny'.")
+    return {str(key).replace("-", "_"): value for key, value in fields.items()}
+
+
+def _flag_name(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _unknown(key: str) -> str:
+    if key in LATER:
+        return f"{_flag_name(key)} belongs to {LATER[key]}, which this version does not have yet."
+    nearest = difflib.get_close_matches(key, Recipe.model_fields, n=1, cutoff=0.5)
+    return f"Unknown key {key!r}." + (f" Did you mean {nearest[0]!r}?" if nearest else "")
+
+
+def _not_yet(field: str, value: str) -> str:
+    return f"{_flag_name(field)} {value}: {LATER_VALUES[field][value]} is not in this version yet."
+
+
+def _describe(item: Any) -> str:
+    field = str(item["loc"][0])
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{_flag_name(field)} {item['input']!r}: {message[0].lower()}{message[1:]}."

@@ -1,0 +1,255 @@
+"""The shape of a model, read from its config.json alone: every linear with the axes its rows and columns lie on."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from effitrain.core.errors import InputError
+
+
+class Axis(StrEnum):
+    """What a side of a weight runs over; two sides on one axis shrink together."""
+
+    MODEL = "model"
+    HEADS = "heads"
+    KV_HEADS = "kv_heads"
+    FFN = "ffn"
+    VOCAB = "vocab"
+    RANK = "rank"
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear ``y = x W^T (+ b)`` with W ``[out_features, in_features]``; ``name`` is its path inside the layer."""
+
+    name: str
+    out_axis: Axis
+    in_axis: Axis
+    out_features: int
+    in_features: int
+    bias: bool
+
+    @property
+    def leaf(self) -> str:
+        """Last part of the name, e.g. ``q_proj``."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def weights(self) -> int:
+        """Elements of W."""
+        return self.out_features * self.in_features
+
+    @property
+    def params(self) -> int:
+        """Elements of W and of the bias."""
+        return self.weights + (self.out_features if self.bias else 0)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer; ``other_params`` counts what is in no linear: the norms."""
+
+    index: int
+    linears: tuple[LinearSpec, ...]
+    other_params: int
+
+    @property
+    def weights(self) -> int:
+        """Elements of the layer's matrices."""
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def params(self) -> int:
+        """Elements of matrices, biases and norms."""
+        return sum(linear.params for linear in self.linears) + self.other_params
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder of attention (q, k, v, o) and gated MLP (gate, up, down) layers.
+
+    ``ffn``, ``num_heads`` and ``num_kv_heads`` are those of the full-size model; what a layer really has stands in
+    its linears. ``tied``: the head is the embedding's transpose and holds no weights of its own.
+    """
+
+    name: str
+    family: str
+    hidden: int
+    ffn: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    tied: bool
+    layers: tuple[LayerSpec, ...]
+    head: LinearSpec
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised head by head."""
+        return _FAMILIES[self.family].qk_norm
+
+    @property
+    def embedding_params(self) -> int:
+        """Elements of the embedding."""
+        return self.vocab * self.hidden
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[LayerSpec, int], ...]:
+        """The different layers, each by its first, and how many there are of it."""
+        first = {(layer.linears, layer.other_params): layer for layer in reversed(self.layers)}
+        counts = Counter((layer.linears, layer.other_params) for layer in self.layers)
+        return tuple((first[shape], count) for shape, count in counts.items())
+
+    @property
+    def linear_params(self) -> int:
+        """Elements of the decoder linears' matrices: the frozen weights. Head and biases are not counted."""
+        return sum(count * layer.weights for layer, count in self.shapes)
+
+    @property
+    def params(self) -> int:
+        """Every parameter of the model, tied ones once."""
+        head = 0 if self.tied else self.head.params
+        return self.embedding_params + sum(count * layer.params for layer, count in self.shapes) + self.hidden + head
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What a family's config leaves unsaid (transformers' own defaults); ``*_bias``: always, never, or a config key."""
+
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    head_dim: int | None = None
+    tied: bool = False
+
+
+_FAMILIES = {
+    "llama": _Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    "mistral": _Family(),
+    "qwen2": _Family(qkv_bias=True),
+    "qwen3": _Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, head_dim=128),
+    "gemma": _Family(qkv_bias="attention_bias", o_bias="attention_bias", head_dim=256, tied=True),
+}
+HANDLED = "Llama, Mistral, Qwen2, Qwen2.5, Qwen3 and Gemma (first version), dense"
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+          "max_position_embeddings")  # fmt: skip
+
+
+def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
+    """The shape of the model that ``config``, the content of a config.json, describes.
+
+    Raises:
+        InputError: a mixture of experts, a family not handled, or sizes that are missing or do not go together
+            (all of them in one message).
+    """
+    family = _family(config, name)
+    sizes = _sizes(config, family, name)
+    hidden, heads, kv_heads, head_dim = (sizes[key] for key in ("hidden", "num_heads", "num_kv_heads", "head_dim"))
+    linears = _linears(config, family, hidden, sizes["ffn"], heads * head_dim, kv_heads * head_dim)
+    norms = 2 * hidden + (2 * head_dim if family.qk_norm else 0)
+    layers = tuple(LayerSpec(index, linears, norms) for index in range(sizes.pop("num_layers")))
+    head = LinearSpec("lm_head", Axis.VOCAB, Axis.MODEL, sizes["vocab"], hidden, False)
+    tied = config.get("tie_word_embeddings")
+    return ModelSpec(
+        name=name,
+        family=config["model_type"],
+        tied=family.tied if tied is None else bool(tied),
+        layers=layers,
+        head=head,
+        **sizes,
+    )
+
+
+def _family(config: Mapping[str, Any], name: str) -> _Family:
+    model_type = config.get("model_type")
+    handled = f"Handled: {HANDLED}."
+    experts = [key for key in _EXPERT_KEYS if config.get(key)]
+    if experts:
+        raise InputError(
+            f"{name} is a mixture of experts ({experts[0]} = {config[experts[0]]}).",
+            "This version trains dense models only.",
+            handled,
+        )
+    if not isinstance(model_type, str):
+        raise InputError(f"The config of {name} has no model_type.", "It may not be one of transformers.", handled)
+    if model_type not in _FAMILIES:
+        raise InputError(f"{name} is of the family {model_type!r}, which this version does not handle.", "", handled)
+    return _FAMILIES[model_type]
+
+
+def _sizes(config: Mapping[str, Any], family: _Family, name: str) -> dict[str, int]:
+    """The checked sizes by ModelSpec's field names, and num_layers."""
+    values: dict[str, Any] = {key: config.get(key) for key in _SIZES}
+    kv_heads = config.get("num_key_value_heads")
+    # Llama configs older than grouped heads do not name them; every other family always does.
+    values["num_key_value_heads"] = (
+        values["num_attention_heads"] if kv_heads is None and config["model_type"] == "llama" else kv_heads
+    )
+    head_dim = config.get("head_dim")
+    if head_dim is not None or family.head_dim is not None:
+        values["head_dim"] = family.head_dim if head_dim is None else head_dim
+    problems = [_problem(key, value) for key, value in values.items() if not _is_size(value)]
+    problems = problems or _mismatches(values)
+    if problems:
+        raise InputError(f"The config of {name} cannot be used: {'; '.join(problems)}.", "", "Check its config.json.")
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    return {
+        "hidden": hidden,
+        "ffn": values["intermediate_size"],
+        "num_heads": heads,
+        "num_kv_heads": values["num_key_value_heads"],
+        "head_dim": values.get("head_dim", hidden // heads),
+        "vocab": values["vocab_size"],
+        "max_positions": values["max_position_embeddings"],
+        "num_layers": values["num_hidden_layers"],
+    }
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _problem(key: str, value: Any) -> str:
+    return f"{key} is missing" if value is None else f"{key} must be a whole number above 0, not {value!r}"
+
+
+def _mismatches(values: Mapping[str, Any]) -> list[str]:
+    hidden, heads, kv_heads = values["hidden_size"], values["num_attention_heads"], values["num_key_value_heads"]
+    problems = []
+    if heads % kv_heads:
+        problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if "head_dim" not in values and hidden % heads:
+        problems.append(
+            f"head_dim is missing and hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
+        )
+    return problems
+
+
+def _linears(
+    config: Mapping[str, Any], family: _Family, hidden: int, ffn: int, q_size: int, kv_size: int
+) -> tuple[LinearSpec, ...]:
+    def has(bias: bool | str) -> bool:
+        return bool(config.get(bias)) if isinstance(bias, str) else bias
+
+    qkv, o, mlp = has(family.qkv_bias), has(family.o_bias), has(family.mlp_bias)
+    return (
+        LinearSpec("self_attn.q_proj", Axis.HEADS, Axis.MODEL, q_size, hidden, qkv),
+        LinearSpec("self_attn.k_proj", Axis.KV_HEADS, Axis.MODEL, kv_size, hidden, qkv),
+        LinearSpec("self_attn.v_proj", Axis.KV_HEADS, Axis.MODEL, kv_size, hidden, qkv),
+        LinearSpec("self_attn.o_proj", Axis.MODEL, Axis.HEADS, hidden, q_size, o),
+        LinearSpec("mlp.gate_proj", Axis.FFN, Axis.MODEL, ffn, hidden, mlp),
+        LinearSpec("mlp.up_proj", Axis.FFN, Axis.MODEL, ffn, hidden, mlp),
+        LinearSpec("mlp.down_proj", Axis.MODEL, Axis.FFN, hidden, ffn, mlp),
+    )

@@ -1,0 +1,40 @@
+"""Bytes as people write them: ``20G`` and ``20GiB`` are 20 * 2**30 bytes, ``20GB`` is 20 * 10**9."""
+
+import re
+
+from effitrain.core.errors import InputError
+
+_POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
+_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?B)?|B)?\s*$", re.IGNORECASE)
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of ``text``; a bare number counts bytes.
+
+    Raises:
+        InputError: not a size, or not above zero.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        size = text
+    else:
+        match = _PATTERN.match(str(text))
+        if not match:
+            raise InputError(f"{text!r} is not a memory size.", next_step="Write it like 20G, 20GiB, 20GB or 512M.")
+        number, unit, suffix = match.groups()
+        base = 1000 if (suffix or "").upper() == "B" else 1024
+        size = int(float(number) * base ** (_POWERS[unit.upper()] if unit else 0))
+    if size <= 0:
+        raise InputError(f"A memory size must be above zero, not {text!r}.", next_step="Write it like 20G.")
+    return size
+
+
+def format_bytes(size: int) -> str:
+    """``size`` in bytes for people, in binary units: ``32.9 GiB``, ``441 MiB``, ``17 B``."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    if unit == "B":
+        return f"{size} B"
+    return f"{value:.1f} {unit}" if abs(value) < 100 else f"{value:.0f} {unit}"

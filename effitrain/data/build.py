@@ -1,0 +1,138 @@
+"""Rows of a source to token samples: laid out, rendered, tokenised, cut to length, counted."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from effitrain.core.errors import InputError
+from effitrain.core.recipe import Recipe
+from effitrain.data.formats import Layout, Turn, conversations, find_layout, text_of
+from effitrain.data.marks import Rendered, marks_of
+from effitrain.data.sources import Row, Source
+from effitrain.data.templates import Template
+from effitrain.data.tokenized import Sample, bos_of, cut, encode, pieces
+
+_LEAST_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Built:
+    """The samples of a data set.
+
+    Attributes:
+        samples: none longer than the sequence length, each with a trained token.
+        groups: what each was made from: samples of one row have the same number, pieces of running text their own.
+        truncated: samples that were shortened.
+        dropped: samples left out.
+        format: as found or named.
+        template: its name; none for plain text.
+    """
+
+    samples: list[Sample]
+    groups: list[int]
+    truncated: int
+    dropped: int
+    format: str
+    template: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(len(sample.ids) for sample in self.samples)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Trained tokens of all samples; nothing predicts a sample's first token."""
+        return sum(int(sample.trained[1:].sum()) for sample in self.samples)
+
+
+def check(source: Source, recipe: Recipe) -> None:
+    """Read every row without a tokenizer, to tell of a bad one early.
+
+    Raises:
+        InputError: no rows, columns that are not recognised, or a bad row.
+    """
+    rows, layout = _open(source, recipe)
+    for row in rows:
+        text_of(row, layout) if layout.format == "text" else conversations(row, layout)
+
+
+def build(source: Source, recipe: Recipe, tokenizer: Any, template: Template, max_seq_len: int) -> Built:
+    """Every sample of ``source``.
+
+    Raises:
+        InputError: a bad row, nothing left, or under 1 % of the tokens trained.
+    """
+    rows, layout = _open(source, recipe)
+    if layout.format == "text":
+        built = _build_text(rows, layout, tokenizer, max_seq_len, source.running_text)
+    else:
+        built = _build_chats(rows, layout, recipe, tokenizer, template, max_seq_len)
+    _check_trained(source.name, built, max_seq_len)
+    return built
+
+
+def _open(source: Source, recipe: Recipe) -> tuple[list[Row], Layout]:
+    rows = source.load()
+    if not rows:
+        raise InputError(f"The data set {source.name} is empty.", next_step="Give one with at least one row.")
+    # A column may be left out where it is empty, so those of any row count, first rows first.
+    columns = {name: value for row in reversed(rows) for name, value in row.fields.items()}
+    return rows, find_layout(source.name, Row(columns, rows[0].where), recipe.format, recipe.columns)
+
+
+def _build_text(rows: list[Row], layout: Layout, tokenizer: Any, max_seq_len: int, running: bool) -> Built:
+    """Texts end in the end of sequence and are cut into as many samples as they need."""
+    marks, bos = marks_of(tokenizer), bos_of(tokenizer)
+    texts = (text_of(row, layout) for row in rows)
+    whole = (marks.closed(Rendered(text, ((0, len(text)),))) for text in texts)
+    found = [(row, piece) for row, s in enumerate(encode(tokenizer, whole)) for piece in pieces(s, max_seq_len, bos)]
+    groups = list(range(len(found))) if running else [row for row, _ in found]
+    return Built([piece for _, piece in found], groups, 0, 0, "text", "none")
+
+
+def _build_chats(
+    rows: list[Row], layout: Layout, recipe: Recipe, tokenizer: Any, template: Template, max_seq_len: int
+) -> Built:
+    rendered = list(_render(rows, layout, template, recipe.train_on_prompt))
+    bos = bos_of(tokenizer)
+    samples, groups, truncated = [], [], 0
+    for (group, _), whole in zip(rendered, encode(tokenizer, (item for _, item in rendered)), strict=True):
+        kept = cut(whole, max_seq_len, recipe.truncation, bos)
+        if kept is not None:
+            samples.append(kept)
+            groups.append(group)
+            truncated += len(kept.ids) < len(whole.ids)
+    return Built(samples, groups, truncated, len(rendered) - len(samples), layout.format, template.name)
+
+
+def _render(
+    rows: list[Row], layout: Layout, template: Template, train_on_prompt: bool
+) -> Iterator[tuple[int, Rendered]]:
+    """Row number and text of every sample; a conversation without an answer gives an empty one, to be dropped."""
+    for number, row in enumerate(rows):
+        for turns in conversations(row, layout):
+            answered = _up_to_last_answer(turns)
+            for item in template.render(answered, row.where) if answered else [Rendered("", ())]:
+                yield number, Rendered(item.text, ((0, len(item.text)),)) if train_on_prompt else item
+
+
+def _up_to_last_answer(turns: Sequence[Turn]) -> Sequence[Turn]:
+    return turns[: max((i + 1 for i, turn in enumerate(turns) if turn.trained), default=0)]
+
+
+def _check_trained(name: str, built: Built, max_seq_len: int) -> None:
+    if not built.samples:
+        raise InputError(
+            f"Nothing is left of the data set {name}: all {built.dropped} samples were dropped.",
+            f"Their answers lie outside {max_seq_len} tokens, or the rows have no answer at all.",
+            "Raise --max-seq-len, choose another --truncation, or check --format and --columns.",
+        )
+    tokens, trained = built.tokens, built.trained_tokens
+    if trained < _LEAST_SHARE * tokens:
+        raise InputError(
+            f"Only {trained} of the {tokens} tokens of {name} ({trained / tokens:.2%}) would be trained.",
+            f"The answers are very short beside their prompts, or were cut off at {max_seq_len} tokens, "
+            "or --columns names the wrong ones.",
+            "Check --columns and --template, use --truncation left, or train on everything with --train-on-prompt.",
+        )

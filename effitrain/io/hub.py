@@ -1,0 +1,176 @@
+"""From the name of a model to its config and weights: a preset, a folder, or a hub id. Imports no torch.
+
+The network is asked only for a hub id or preset that the user named, and only for what the hub's cache does not hold.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effitrain.core.errors import InputError
+from effitrain.core.presets import Preset, find_preset, preset_names
+from effitrain.io.model_folder import read_config, stored_tensors
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SMALL = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+          "vocab.*", "merges.txt", "chat_template*"]  # fmt: skip
+_ALL = [*_SMALL, "model*.safetensors", "model.safetensors.index.json"]
+_TIMEOUT = 10  # seconds until a silent hub counts as out of reach
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found.
+
+    Attributes:
+        name: as the user wrote it.
+        folder: of its files, when they are local.
+        config: content of its config.json.
+        preset: when it was named by one.
+    """
+
+    name: str
+    folder: Path | None
+    config: Mapping[str, Any]
+    preset: Preset | None
+
+    @property
+    def hub_id(self) -> str:
+        """Where the hub has a model that is not in a folder."""
+        return self.preset.hub_id if self.preset and self.preset.hub_id else self.name
+
+
+def find_model(name: str) -> ModelSource:
+    """The model of this name, with its config and without its weights: a preset, then a folder, then a hub id.
+
+    Raises:
+        InputError: there is no such preset, folder or hub id, or its config cannot be had.
+    """
+    preset = find_preset(name)
+    if preset:
+        return ModelSource(name, preset.folder, preset.config, preset)
+    path = Path(name).expanduser()
+    if path.exists() and name:
+        return ModelSource(name, path, read_config(path), None)
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+        raise InputError(f"There is no folder {path}.", next_step="Check --model.")
+    if not _HUB_ID.fullmatch(name):
+        raise _unknown(name)
+    return ModelSource(name, None, read_config(_from_hub(name, _SMALL, _for_config(name))), None)
+
+
+def check_weights(source: ModelSource) -> None:
+    """Make sure, in seconds, that ``fetch_weights`` can succeed: headers of local files, or access on the hub.
+
+    Raises:
+        InputError: damaged or missing files, no network, no access, or no such model.
+    """
+    if source.folder:
+        read_config(source.folder)
+        stored_tensors(source.folder)
+    elif not _cached(source.hub_id):
+        _ask_hub(source.hub_id, _for_weights(source))
+
+
+def fetch_weights(source: ModelSource) -> Path:
+    """The folder with config, tokenizer and safetensors of ``source``; downloads what the cache does not hold.
+
+    Raises:
+        InputError: the weights cannot be had; says how to get them, how to name a folder, and how to rehearse.
+    """
+    if source.folder:
+        check_weights(source)
+        return source.folder
+    folder = _cached(source.hub_id) or _from_hub(source.hub_id, _ALL, _for_weights(source))
+    stored_tensors(folder)
+    return folder
+
+
+def _cached(hub_id: str) -> Path | None:
+    """The model's folder in the hub cache, when all of it is there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=_ALL, local_files_only=True))
+        read_config(folder)
+        stored_tensors(folder)
+    except (LocalEntryNotFoundError, InputError):
+        return None
+    return folder
+
+
+def _from_hub(hub_id: str, patterns: list[str], next_step: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=_TIMEOUT))
+    except Exception as error:
+        raise _explain(hub_id, error, next_step) from error
+
+
+def _ask_hub(hub_id: str, next_step: str) -> None:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(hub_id, "config.json"), timeout=_TIMEOUT)
+    except Exception as error:
+        raise _explain(hub_id, error, next_step) from error
+
+
+def _explain(hub_id: str, error: Exception, next_step: str) -> InputError:
+    """What went wrong between us and the hub, in the user's terms; anything not foreseen is quoted."""
+    from huggingface_hub import errors
+
+    reason = error
+    while reason.__cause__ and isinstance(reason, errors.LocalEntryNotFoundError):
+        reason = reason.__cause__  # type: ignore[assignment]
+    if isinstance(reason, errors.GatedRepoError):
+        fact, cause = f"{hub_id} is gated.", "Its owner asks for an accepted licence and a login."
+    elif isinstance(reason, errors.RepositoryNotFoundError):
+        fact, cause = f"The hub has no {hub_id}, and there is no folder of that name.", "Or it is private."
+    elif isinstance(reason, errors.OfflineModeIsEnabled):
+        fact, cause = f"{hub_id} is not in the hub cache.", "HF_HUB_OFFLINE forbids to download it."
+    elif isinstance(reason, errors.HfHubHTTPError):
+        fact, cause = f"{hub_id} cannot be had from the hub: {_first_line(reason)}.", ""
+    elif isinstance(reason, errors.HFValidationError):
+        fact, cause = f"There is no folder {hub_id}, and it is no hub id: {_first_line(reason)}.", ""
+    elif isinstance(reason, OSError) and reason.errno:
+        fact, cause = f"{hub_id} cannot be written to the hub cache: {reason.strerror}.", ""
+    else:
+        fact = f"{hub_id} is not in the hub cache, and the hub cannot be reached ({_first_line(reason)})."
+        cause = "This machine has no network, or a proxy is not set."
+    return InputError(fact, cause, next_step)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _for_weights(source: ModelSource) -> str:
+    return (
+        f"To get the weights: accept the licence on the page of {source.hub_id} if it asks for one, `hf auth login`,"
+        " and run this again with network.\n"
+        f"To use weights you have: --model FOLDER, with config.json and safetensors.\n"
+        f"To rehearse the run without them: --model {source.name} --weights synthetic."
+    )
+
+
+def _for_config(name: str) -> str:
+    return (
+        f"If {name} is a folder, check its path. If the hub asks for a licence: accept it on the model's page, and"
+        " `hf auth login`.\n"
+        "Without network: --model FOLDER, or a preset's shape with --weights synthetic, such as"
+        " --model llama-3.1-8b --weights synthetic."
+    )
+
+
+def _unknown(name: str) -> InputError:
+    nearest = difflib.get_close_matches(name.lower(), preset_names(), n=1, cutoff=0.5)
+    return InputError(
+        f"There is no preset and no folder {name!r}." + (f" Did you mean {nearest[0]!r}?" if nearest else ""),
+        next_step=f"Presets: {', '.join(preset_names())}. A hub id looks like owner/name.",
+    )

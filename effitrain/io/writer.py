@@ -1,0 +1,45 @@
+"""Write a safetensors file one tensor at a time, for files larger than memory."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+
+
+def stream_safetensors(
+    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], read: Callable[[str], Tensor]
+) -> None:
+    """Write the tensors of ``layout`` (dtype and shape by name) to ``path``, asking ``read`` for one after the other.
+
+    The caller makes the file appear as a whole, by writing into an ``atomic_folder``.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # readers map the data in place, so it starts on a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name, (dtype, shape) in layout.items():
+            tensor = read(name)
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+                raise ValueError(f"{name} came as {tensor.dtype} {tuple(tensor.shape)}, announced as {dtype} {shape}")
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())

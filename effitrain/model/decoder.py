@@ -1,0 +1,146 @@
+"""A causal language model ready to train: transformers' layers around our linears, attention and embedding.
+
+Shapes: N tokens of a micro-batch, end to end; B, T rows and tokens with a cache; H hidden size; V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effitrain.core.errors import InputError
+from effitrain.core.spec import LinearSpec, ModelSpec
+from effitrain.kernels.swiglu import swiglu
+from effitrain.model import attention
+from effitrain.model.recompute import recompute
+from effitrain.quant.linear import FrozenLinear
+
+
+class Embedding(nn.Module):
+    """Frozen token embedding, gathered where its weight lives and handed to the device of the layers."""
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        self.scale = scale
+        self.weight: Tensor | None = None
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Rows of the table for ``input_ids`` [...]: [..., H]."""
+        assert self.weight is not None
+        rows = F.embedding(input_ids.to(self.weight.device), self.weight)
+        if self.scale != 1.0:  # Gemma rounds the factor to the table's dtype first
+            rows = rows * torch.tensor(self.scale, dtype=rows.dtype)
+        return rows.to(self.device, non_blocking=True)
+
+
+class GatedMLP(nn.Module):
+    """The SwiGLU block: ``down(silu(gate(x)) * up(x))``, keeping one wide tensor less for backward than stock code."""
+
+    def __init__(self, stock: nn.Module):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = stock.gate_proj, stock.up_proj, stock.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] to [..., H]."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[operator]
+
+
+class Decoder(nn.Module):
+    """transformers' decoder with its modules replaced in place, so that every module keeps its published path.
+
+    ``model`` is transformers' decoder (``model.layers``, ``model.norm``, ``model.rotary_emb``); ``lm_head`` is ours.
+    """
+
+    def __init__(self, model: nn.Module, spec: ModelSpec, config: Any):
+        super().__init__()
+        self.model, self.spec, self.config = model, spec, config
+        self.lm_head: nn.Module = FrozenLinear(spec.head)
+        self.recompute_layers = False
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, in order."""
+        layers = self.model.layers
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers compute."""
+        return self.model.norm.weight.device  # type: ignore[union-attr, return-value]
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, segments: Sequence[int] | None = None, cache: Any = None
+    ) -> Tensor:
+        """Final hidden states, after the last norm.
+
+        Args:
+            input_ids: [N] with ``segments``, or [B, T].
+            position_ids: of the same shape; they restart at each segment.
+            segments: lengths of the samples in a flat row.
+            cache: transformers' cache of earlier keys and values, for generation.
+
+        Returns:
+            [N, H], or [B, T, H].
+        """
+        flat = input_ids.dim() == 1
+        if flat:
+            input_ids, position_ids = input_ids[None], position_ids[None]
+        x = self.model.embed_tokens(input_ids)  # type: ignore[operator]
+        rope = self.model.rotary_emb(x, position_ids.to(x.device))  # type: ignore[operator]
+        for layer in self.layers:
+            x = self._run(layer, x, {"position_embeddings": rope, "past_key_values": cache, "segments": segments})
+        x = self.model.norm(x)  # type: ignore[operator]
+        return x[0] if flat else x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Output projection: [..., H] to [..., V]."""
+        return self.lm_head(hidden)
+
+    def _run(self, layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        if not (self.recompute_layers and torch.is_grad_enabled()):
+            return layer(x, attention_mask=None, **kwargs)
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        last = next(m for m in layer.mlp.down_proj.modules() if isinstance(m, FrozenLinear))  # type: ignore[union-attr]
+        return recompute(lambda h: layer(h, attention_mask=None, **kwargs), x, parameters, last)
+
+
+def build(spec: ModelSpec, config: Mapping[str, Any], name: str) -> Decoder:
+    """The empty model of a ``config.json``: every linear a ``FrozenLinear`` without weight, the rest on meta.
+
+    Raises:
+        InputError: transformers cannot build this configuration.
+    """
+    import transformers
+
+    attention.register()
+    try:
+        hf_config = transformers.AutoConfig.for_model(**config)
+        hf_config._attn_implementation = attention.NAME
+        hf_config.use_cache = False
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(hf_config).model
+    except Exception as error:  # transformers raises all kinds for a config it does not like
+        raise InputError(f"The model {name} cannot be built from its config.json: {error}") from error
+    decoder = Decoder(model, spec, hf_config)
+    scale = getattr(model.embed_tokens, "scalar_embed_scale", 1.0)
+    model.embed_tokens = Embedding(scale)
+    for layer, layer_spec in zip(decoder.layers, spec.layers, strict=True):
+        for linear in layer_spec.linears:
+            _replace(layer, linear)
+        if hf_config.hidden_act == "silu":
+            layer.mlp = GatedMLP(layer.mlp)  # type: ignore[arg-type]
+    decoder.requires_grad_(False)
+    return decoder.train()
+
+
+def _replace(layer: nn.Module, linear: LinearSpec) -> None:
+    stock = layer.get_submodule(linear.name)
+    assert isinstance(stock, nn.Linear) and (stock.out_features, stock.in_features) == (
+        linear.out_features,
+        linear.in_features,
+    ), f"{linear.name}: the spec says {linear.out_features}x{linear.in_features}, transformers builds {stock}"
+    layer.set_submodule(linear.name, FrozenLinear(linear))

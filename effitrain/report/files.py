@@ -1,0 +1,102 @@
+"""The files that end a run: report.json, report.html and loss.png."""
+
+import json
+import platform
+import resource
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from effitrain.core.plan import Plan
+from effitrain.core.recipe import Recipe
+from effitrain.core.report import DataUse, Losses, Memory, Report
+from effitrain.core.units import format_bytes
+from effitrain.data.prepare import DataStats
+from effitrain.io.atomic import write_bytes, write_json, write_text
+from effitrain.report.html import render_report
+from effitrain.report.plots import loss_png
+from effitrain.train.state import TrainState
+
+_MANY = 0.05  # share of samples cut or lost that is worth a warning
+_MORE = 1.05  # measured over predicted peak that is worth a warning
+_PACKAGES = ("effitrain", "torch", "transformers", "bitsandbytes", "safetensors", "datasets")
+
+
+def write_report(
+    folder: Path,
+    recipe: Recipe,
+    plan: Plan,
+    state: TrainState,
+    data: DataStats,
+    evals: Sequence[tuple[int, float]],
+    measured_peak_bytes: int,
+) -> Report:
+    """Write the report of a finished run; report.json comes last, for it marks the run as finished.
+
+    Args:
+        folder: the run folder.
+        recipe: as resolved by the plan.
+        plan: what was predicted.
+        state: where training ended.
+        data: counts of the training data.
+        evals: (step, loss) on the evaluation set, the first one before training.
+        measured_peak_bytes: of the device.
+    """
+    scored = [loss for _, loss in evals]
+    report = Report(
+        model=recipe.model,
+        fit=plan.fit,
+        method=recipe.method,
+        steps=state.step,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        loss=Losses(state.first_loss, state.last_loss, *_ends(scored)),
+        memory=Memory(plan.budget_bytes, plan.peak_bytes, measured_peak_bytes, _peak_rss_bytes()),
+        data=DataUse(data.samples, data.trained_share, data.truncated, data.dropped),
+        versions=versions(),
+        warnings=tuple(_warnings(plan, data, evals, measured_peak_bytes)),
+    )
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    png = loss_png(metrics, evals)
+    write_bytes(folder / "loss.png", png)
+    write_text(folder / "report.html", render_report(report.to_json(), plan.to_json(), metrics, png))
+    write_json(folder / "report.json", report.to_json())
+    return report
+
+
+def _warnings(
+    plan: Plan, data: DataStats, evals: Sequence[tuple[int, float]], measured_peak_bytes: int
+) -> Iterator[str]:
+    """What a user should know of a run that went through."""
+    lost = data.truncated + data.dropped
+    if lost > _MANY * (data.samples + data.dropped):
+        yield (
+            f"{data.truncated} samples were cut at {plan.settings.max_seq_len} tokens and {data.dropped} left out:"
+            " a larger --max-seq-len keeps more."
+        )
+    if not evals:
+        yield "There was no evaluation set, so whether the model got better was not measured."
+    elif evals[-1][1] > evals[0][1]:
+        yield f"The evaluation loss rose from {evals[0][1]:.4f} to {evals[-1][1]:.4f}: try a smaller --lr."
+    if measured_peak_bytes > _MORE * plan.peak_bytes:
+        yield (f"The step took {format_bytes(measured_peak_bytes)}, the plan expected {format_bytes(plan.peak_bytes)}.")
+
+
+def _ends(scored: Sequence[float]) -> tuple[float | None, float | None]:
+    """The first and the last evaluation; one alone is the one before training."""
+    return (scored[0] if scored else None, scored[-1] if len(scored) > 1 else None)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB

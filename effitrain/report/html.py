@@ -1,0 +1,173 @@
+"""The report of a run as one HTML page that needs nothing beside itself: no script, no link, the plot inside."""
+
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from effitrain.core.units import format_bytes
+from effitrain.report.style import PAGE
+
+PLACES = {"gpu": "On the device, at the peak", "host": "In host memory", "disk": "On disk"}
+STEP_ROWS = 25  # steps listed at most, evenly spaced; metrics.jsonl has them all
+Row = Sequence[object]
+
+
+def render_report(
+    report: Mapping[str, Any], plan: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], loss_png: bytes | None
+) -> str:
+    """The page for a run.
+
+    Args:
+        report: content of ``report.json``.
+        plan: content of ``plan.json``.
+        metrics: the lines of ``metrics.jsonl``.
+        loss_png: the loss curve, or None to leave it out.
+    """
+    sections = [
+        _headline(report),
+        _warnings(report["warnings"]),
+        _section("Loss", _picture(loss_png) + _steps(metrics)),
+        _section("Memory", _memory(report["memory"]) + _ledger(plan["ledger"])),
+        _section("Plan", _list(plan.get("reasons", ())) + _pairs(plan.get("settings", {}))),
+        _section("Data", _pairs(report["data"])),
+        _section("Streaming", _pairs(report["stream"] or {})),
+        _section("Pruning", _pairs(report["prune"] or {})),
+        _section("Versions", _pairs(report["versions"])),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>effitrain: {escape(str(report['model']))}</title>\n<style>\n{PAGE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(filter(None, sections))
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    loss = report["loss"]
+    name, before, after = "Evaluation loss", loss["eval_before"], loss["eval_after"]
+    if before is None or after is None:
+        name, before, after = "Training loss", loss["first"], loss["last"]
+    measured = before is not None and after is not None
+    big = f"{before:.3f} → {after:.3f} <small>{after / before - 1:+.1%}</small>" if measured else "not measured"
+    facts = {
+        "steps": f"{report['steps']:,}",
+        "tokens": f"{report['tokens']:,}",
+        "time": format_seconds(report["seconds"]),
+        "tokens/s": f"{report['tokens_per_second']:,.0f}",
+        "device peak": format_bytes(report["memory"]["measured_peak_bytes"]),
+    }
+    tiles = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
+    subtitle = " · ".join(
+        filter(None, [report["method"], report["fit"], report["adapter"] and f"{report['adapter']}/"])
+    )
+    return (
+        f"<header><h1>{escape(str(report['model']))}</h1><p>{escape(subtitle)}</p></header>\n"
+        f'<p class="loss"><span>{name}</span>{big}</p>\n<dl class="tiles">{tiles}</dl>'
+    )
+
+
+def _warnings(warnings: Iterable[str]) -> str:
+    items = _list(warnings)
+    return f'<section class="warnings"><h2>Warnings</h2>{items}</section>' if items else ""
+
+
+def _picture(loss_png: bytes | None) -> str:
+    if loss_png is None:
+        return ""
+    return f'<img alt="Loss by step" src="data:image/png;base64,{b64encode(loss_png).decode()}">'
+
+
+def _steps(metrics: Sequence[Mapping[str, Any]]) -> str:
+    if not metrics:
+        return ""
+    count = min(STEP_ROWS, len(metrics))
+    chosen = [metrics[round(i * (len(metrics) - 1) / max(1, count - 1))] for i in range(count)]
+    header = ["step", "loss", "lr", "gradient norm", "tokens", "tokens/s", "device peak"]
+    rows = [
+        [
+            *(f"{line['step']:,}", f"{line['loss']:.4f}", f"{line['lr']:.2e}", f"{line['grad_norm']:.3f}"),
+            *(f"{line['tokens']:,}", f"{line['tokens_per_second']:,.0f}", format_bytes(line["device_peak_bytes"])),
+        ]
+        for line in chosen
+    ]
+    return f"<details><summary>{len(metrics):,} steps</summary>{_table(header, rows)}</details>"
+
+
+def _memory(memory: Mapping[str, int]) -> str:
+    """Bars of the planned and the measured peak; the mark is the budget."""
+    budget, planned, measured = (memory[f"{name}_bytes"] for name in ("budget", "predicted_peak", "measured_peak"))
+    full = max(budget, planned, measured, 1)
+
+    def bar(name: str, size: int, over: bool) -> str:
+        share = f" ({size / budget:.0%} of the budget)" if budget else ""
+        return (
+            f'<div class="bar"><span>{name}</span><div class="track"><i class="{"over" if over else name}" '
+            f'style="width:{100 * size / full:.2f}%"></i><b style="left:{100 * budget / full:.2f}%"></b></div>'
+            f"<span>{escape(format_bytes(size) + share)}</span></div>"
+        )
+
+    return (
+        bar("planned", planned, planned > budget)
+        + bar("measured", measured, measured > budget)
+        + f"<p>Device budget {escape(format_bytes(budget))}. The whole process held at most "
+        f"{escape(format_bytes(memory['peak_rss_bytes']))} of host memory.</p>"
+    )
+
+
+def _ledger(ledger: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    for where, title in PLACES.items():
+        lines = [line for line in ledger if line["where"] == where]
+        total = sum(line["bytes"] for line in lines)
+        rows = [[line["what"], format_bytes(line["bytes"]), line["formula"]] for line in lines]
+        if lines:
+            parts.append(
+                f"<h3>{title}</h3>{_table(['what', 'size', 'formula'], [*rows, ['sum', format_bytes(total), '']])}"
+            )
+    return f'<div class="ledger">{"".join(parts)}</div>' if parts else ""
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
+
+
+def _list(items: Iterable[str]) -> str:
+    inside = "".join(f"<li>{escape(str(item))}</li>" for item in items)
+    return f"<ul>{inside}</ul>" if inside else ""
+
+
+def _pairs(pairs: Mapping[str, object]) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(key.replace('_', ' '))}</th><td>{escape(_plain(key, value))}</td></tr>"
+        for key, value in pairs.items()
+    )
+    return f'<table class="pairs">{rows}</table>' if rows else ""
+
+
+def _table(header: Sequence[str], rows: Iterable[Row]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _plain(key: str, value: object) -> str:
+    """A value as people read it, by the unit its key names."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int | float) and key.endswith(("bytes", "bytes_copied")):
+        return format_bytes(int(value))
+    if isinstance(value, float) and key.endswith("_share"):
+        return f"{value:.1%}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def format_seconds(seconds: float) -> str:
+    """``12.3 s``, ``4 min 05 s`` or ``3 h 20 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

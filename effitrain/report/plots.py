@@ -1,0 +1,69 @@
+"""The loss curve of a run as a PNG."""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+INK, MUTED, GRID = "#1f2328", "#656d76", "#e4e7eb"
+TRAIN, EVAL = "#2a78d6", "#d9622b"
+SMOOTHED_FROM = 30  # steps: a shorter curve is read as it is
+
+
+def loss_png(metrics: Sequence[Mapping[str, Any]], eval_points: Iterable[tuple[int, float]] = ()) -> bytes:
+    """Training loss by step, with the evaluation losses, as PNG bytes of 1600 x 800 pixels.
+
+    Args:
+        metrics: the lines of ``metrics.jsonl``; their ``step`` and ``loss`` are drawn, any number of them.
+        eval_points: (step, loss) of each evaluation; step 0 is before training.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=200, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per trained token)")
+    _draw_training(axes, [line["step"] for line in metrics], [line["loss"] for line in metrics])
+    _draw_evaluation(axes, sorted(eval_points))
+    _plain_style(axes)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def running_mean(values: Sequence[float], decay: float = 0.8) -> list[float]:
+    """Exponential mean of ``values`` without the pull towards zero at the start (Adam's bias correction)."""
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        means.append(total / weight)
+    return means
+
+
+def _draw_training(axes: Any, steps: list[int], losses: list[float]) -> None:
+    if len(steps) >= SMOOTHED_FROM:
+        axes.plot(steps, losses, color=TRAIN, alpha=0.3, linewidth=1)
+        axes.plot(steps, running_mean(losses), color=TRAIN, linewidth=2, label="training, running mean")
+    elif steps:
+        axes.plot(steps, losses, color=TRAIN, linewidth=2, marker="o", markersize=4, label="training")
+
+
+def _draw_evaluation(axes: Any, points: list[tuple[int, float]]) -> None:
+    if not points:
+        return
+    steps, losses = zip(*points, strict=True)
+    axes.plot(steps, losses, color=EVAL, linewidth=2, marker="D", markersize=6, clip_on=False, label="evaluation")
+    for step, loss in {points[0], points[-1]}:
+        axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="center", color=INK)
+
+
+def _plain_style(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.margins(x=0.04, y=0.12)
+    axes.grid(axis="y", color=GRID)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(colors=MUTED, length=0)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(MUTED)
+    if axes.lines:
+        axes.legend(frameon=False, labelcolor=INK)

@@ -1,0 +1,118 @@
+"""A training job put together: model, adapters, optimizer, data and course; where it goes on from; what it saves."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from effitrain.adapters.attach import attach
+from effitrain.adapters.base import Adapter, AdapterConfig, Clock
+from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
+from effitrain.core.errors import InputError
+from effitrain.core.recipe import Recipe
+from effitrain.data.batches import Batches
+from effitrain.data.tokenized import TokenSet
+from effitrain.model.decoder import Decoder
+from effitrain.model.load import Base, load_model
+from effitrain.train.loop import Course
+from effitrain.train.optim import make_optimizer
+from effitrain.train.state import TrainState, checkpoints, load_checkpoint, remove_after
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The loop's parts, and the course it runs."""
+
+    decoder: Decoder
+    adapters: dict[str, Adapter]
+    clock: Clock
+    trainable: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    course: Course
+
+
+def assemble(
+    recipe: Recipe,
+    base: Base,
+    tokens: TokenSet,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Job:
+    """Load the model and put the rest around it.
+
+    Args:
+        recipe: with every choice made.
+        base: with its files on disk.
+        tokens: to train on.
+        device: where to.
+        progress: told each layer that is in place.
+    """
+    decoder = load_model(base, recipe, device, progress)
+    decoder.recompute_layers = recipe.recompute == "layer"
+    clock = Clock(recipe.seed)
+    adapters = attach(decoder, AdapterConfig.of(recipe), clock)
+    if recipe.init_adapter:
+        load_into(adapters, read_adapter(adapter_folder(recipe.init_adapter)), recipe.init_adapter)
+    trainable = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(recipe.optimizer, trainable.values(), chosen(recipe.lr), recipe.weight_decay)
+    batches = make_batches(tokens, recipe)
+    return Job(decoder, adapters, clock, trainable, optimizer, batches, _course(recipe, batches))
+
+
+def _course(recipe: Recipe, batches: Batches) -> Course:
+    accum = chosen(recipe.grad_accum)
+    in_epochs = math.ceil(batches.per_epoch * recipe.epochs)
+    steps = recipe.max_steps or math.ceil(in_epochs / accum)
+    micro_batches = steps * accum if recipe.max_steps else in_epochs
+    pace = (chosen(recipe.lr), recipe.schedule, recipe.warmup, recipe.max_grad_norm)
+    return Course(steps, micro_batches, accum, *pace)
+
+
+def resume(recipe: Recipe, folder: Path, job: Job, tell: Callable[[str], None]) -> TrainState:
+    """The state to go on from: a named checkpoint, the newest one of this run, or the beginning.
+
+    Checkpoints of later steps are removed: they belong to what is now done again.
+
+    Raises:
+        InputError: no checkpoint, a damaged one, or one from beyond the end of the run.
+    """
+    newest = None
+    if recipe.resume == "auto":
+        newest = next(reversed(checkpoints(folder)), None)
+    elif recipe.resume != "never":
+        newest = Path(recipe.resume)
+    state = load_checkpoint(newest, job.trainable, job.optimizer) if newest else TrainState()
+    if state.step > job.course.steps:
+        raise InputError(
+            f"{newest} is after step {state.step}, and this run has {job.course.steps}.",
+            next_step="Raise --max-steps, or name an earlier checkpoint with --resume.",
+        )
+    if newest:
+        tell(f"Going on from {newest}, after step {state.step} of {job.course.steps}.")
+    remove_after(folder, state.step)
+    return state
+
+
+def save_and_reload(job: Job, recipe: Recipe, target: Path, base_name: str) -> None:
+    """Save the adapter and load it back, so that what is evaluated afterwards is what was saved."""
+    factors = {path: adapter.factors() for path, adapter in job.adapters.items()}
+    save_adapter(target, factors, AdapterConfig.of(recipe), base_name)
+    load_into(job.adapters, read_adapter(target), str(target))
+
+
+def make_batches(tokens: TokenSet, recipe: Recipe) -> Batches:
+    """The micro-batches that ``recipe`` makes of ``tokens``."""
+    return Batches(tokens, chosen(recipe.batch_size), chosen(recipe.max_seq_len), recipe.packing, recipe.seed)
+
+
+def chosen(value: T | None) -> T:
+    """A choice that the plan has made."""
+    assert value is not None
+    return value

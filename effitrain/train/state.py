@@ -1,0 +1,139 @@
+"""Checkpoints of a run: complete or absent, and all that resuming bit for bit needs.
+
+A checkpoint is ``step-N/``: the trainable tensors, the optimizer's tensors, and ``state.json``. Order of the data,
+learning rate and every random choice are functions of the step, so nothing else has to be kept.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from effitrain.core.errors import InputError
+from effitrain.io.atomic import atomic_folder, remove_folder, remove_stale, write_json, write_safetensors
+from effitrain.io.manifest import verify_manifest, write_manifest
+
+
+@dataclass
+class TrainState:
+    """Where training stands.
+
+    Attributes:
+        step: steps done.
+        tokens: tokens that went through the model.
+        seconds: time spent in steps.
+        first_loss: training loss of the first step.
+        last_loss: training loss of the newest step.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    first_loss: float | None = None
+    last_loss: float | None = None
+
+
+def save_checkpoint(
+    folder: Path,
+    state: TrainState,
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+) -> Path:
+    """Write ``folder/step-N`` and remove all but the newest ``keep``.
+
+    Args:
+        folder: of the checkpoints.
+        state: step N.
+        trainable: by name.
+        optimizer: its parameters in the order of ``trainable``.
+        keep: how many stay.
+    """
+    target = folder / f"step-{state.step}"
+    tensors, scalars = _split(optimizer.state_dict()["state"])
+    with atomic_folder(target) as tmp:
+        write_safetensors(tmp / "trainable.safetensors", {name: p.detach().cpu() for name, p in trainable.items()}, {})
+        write_safetensors(tmp / "optimizer.safetensors", tensors, {})
+        write_json(tmp / "state.json", {**asdict(state), "optimizer": scalars})
+        write_manifest(tmp)
+    remove_stale(folder)
+    for old in checkpoints(folder)[:-keep]:
+        remove_folder(old)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in ``folder``, oldest first."""
+    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of steps after ``step``, and what killed writers left."""
+    if folder.is_dir():
+        remove_stale(folder)
+    for path in checkpoints(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            remove_folder(path)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuse what is no checkpoint, without reading one."""
+    if not (folder / "state.json").is_file():
+        raise InputError(f"{folder} is not a checkpoint: it has no state.json.", next_step="Name a folder step-N.")
+
+
+def load_checkpoint(
+    folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> TrainState:
+    """Restore weights and optimizer in place from one checkpoint.
+
+    Raises:
+        InputError: a file is missing, changed or of another run.
+    """
+    check_checkpoint(folder)
+    verify_manifest(folder)
+    weights = load_file(folder / "trainable.safetensors")
+    if {n: tuple(w.shape) for n, w in weights.items()} != {n: tuple(p.shape) for n, p in trainable.items()}:
+        raise InputError(f"The checkpoint {folder} holds other trainable tensors than this run.")
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(weights[name])
+    raw = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = _join({**load_file(folder / "optimizer.safetensors"), **raw.pop("optimizer")})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return TrainState(**raw)
+
+
+def _split(state: Mapping[Any, Any], path: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Nested optimizer state as tensors and as plain values, both by their path, parameter number first."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for key, value in state.items():
+        here = f"{path}/{key}" if path else str(key)
+        if isinstance(value, Mapping):
+            below = _split(value, here)
+            tensors |= below[0]
+            scalars |= below[1]
+        elif isinstance(value, Tensor):
+            tensors[here] = value.detach().cpu().contiguous().clone()
+        else:
+            scalars[here] = value
+    return tensors, scalars
+
+
+def _join(leaves: Mapping[str, Any]) -> dict[int, Any]:
+    """The nested state whose leaves ``_split`` took apart."""
+    state: dict[Any, Any] = {}
+    for path, value in leaves.items():
+        *parents, leaf = path.split("/")
+        node = state
+        for parent in parents:
+            node = node.setdefault(int(parent) if node is state else parent, {})
+        node[leaf] = value
+    return state

@@ -1,0 +1,103 @@
+"""Output projection and cross-entropy in one pass over chunks of rows, so that no [tokens, vocab] tensor is ever alive.
+
+Formula, for row t with target c:  loss_t = logsumexp(z_t) - z_t[c],  z_t = head(h_t);  dz_t = softmax(z_t) - onehot(c).
+
+Shapes: hidden [T, H], labels [T]; a chunk holds [rows, V] logits in float32, and its gradient takes their place.
+Masked rows (label -100) never reach the head. Saved for backward: the gradient of ``hidden`` [T, H] and those of the
+head's own parameters, all computed in the forward pass while a chunk's logits are at hand (one pass over the head
+instead of two). The head may be any module: frozen, trainable or adapted.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -100
+CHUNK_BYTES = 64 * 2**20  # of float32 logits alive; smaller chunks read the head's weight more often
+Head = Callable[[Tensor], Tensor]
+
+
+def reference(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """The same sum of losses from whole logits."""
+    return F.cross_entropy(head(hidden).float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    parameters: Sequence[Tensor] = (),
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Sum over the rows with a label of the cross-entropy of ``head(hidden)``, a float32 scalar.
+
+    Args:
+        hidden: final hidden states [T, H].
+        head: maps [rows, H] to logits [rows, V].
+        labels: target ids [T]; -100 marks rows without a target. Best on the host: which rows count is asked first, and
+            asking a device waits for all that it has to do.
+        parameters: the head's trainable tensors, which get gradients.
+        chunk_bytes: upper bound of a chunk's float32 logits, in bytes.
+    """
+    if not torch.is_grad_enabled():
+        hidden, parameters = hidden.detach(), ()
+    return _LinearCrossEntropy.apply(hidden, head, labels, chunk_bytes, *parameters)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int, *parameters: Tensor) -> Tensor:
+        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+        sources = [hidden, *parameters]
+        grads = [torch.zeros_like(s) if w else None for s, w in zip(sources, wanted, strict=True)]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        chunk, step = 0, 16  # sixteen rows tell the width of the logits, hence how many rows a chunk may have
+        where = (labels != IGNORED).nonzero().flatten()
+        targets, kept = labels[where].to(hidden.device), where.to(hidden.device)
+        while chunk < len(kept):
+            rows = kept[chunk : chunk + step]
+            with torch.enable_grad():
+                h = hidden.detach()[rows].requires_grad_(wanted[0])
+                logits = head(h)
+            loss, dlogits = _loss_and_gradient(logits.detach(), targets[chunk : chunk + step])
+            total += loss
+            if any(wanted):
+                _accumulate(grads, rows, logits, dlogits, [h, *parameters])
+            chunk, step = chunk + step, max(16, chunk_bytes // (4 * logits.shape[-1]))
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, *parameters = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        return hidden, None, None, None, *parameters
+
+
+def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of losses and d(loss)/d(logits) in the logits' dtype; works in place on ``logits`` when they are float32."""
+    z = logits.float()
+    z -= z.amax(-1, keepdim=True)
+    picked = z.gather(-1, labels[:, None])
+    z.exp_()
+    norm = z.sum(-1, keepdim=True)
+    loss = (norm.log() - picked).sum()
+    z /= norm
+    z.scatter_add_(-1, labels[:, None], z.new_full((len(labels), 1), -1.0))
+    return loss, z.to(logits.dtype)
+
+
+def _accumulate(
+    grads: list[Tensor | None], rows: Tensor, logits: Tensor, dlogits: Tensor, inputs: Sequence[Tensor]
+) -> None:
+    """Add one chunk's gradients: into ``rows`` of the first, the hidden states, and into the whole of the others."""
+    asked = [i for i, g in enumerate(grads) if g is not None]
+    for i, grad in zip(asked, torch.autograd.grad(logits, [inputs[i] for i in asked], dlogits), strict=True):
+        target = grads[i]
+        assert target is not None
+        if i == 0:
+            target[rows] = grad
+        else:
+            target += grad

@@ -1,0 +1,270 @@
+"""The same LoRA job in effitrain and in transformers' Trainer + peft: speed, memory of a step, loss curve.
+
+    OMP_NUM_THREADS=1 python scripts/bench_cpu.py --out benchmarks/cpu.json
+
+Without OMP_NUM_THREADS torch takes all cores; on a machine that others use too, one thread gives steadier ratios.
+
+The model is a random Llama of about 125M parameters in float32, the data random tokens with the first half of every
+sample masked, the adapter rank 16 on all linears. Weights, adapter start, data, order, optimizer and rates are the same
+on all sides. Each side runs in a process of its own, the sides take turns, and medians over the repeats are reported.
+Step memory is the peak of tracked tensor storages during one later step, weights and optimizer states included,
+measured by the same tracker on all sides.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SHAPE = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+LENGTH, BATCH, RANK, ALPHA, LR = 512, 4, 16, 32, 1e-3
+SIDES = ("trainer_peft", "effitrain", "effitrain_recompute")
+
+
+def main() -> None:
+    """Parse the command line; a side measures itself, otherwise all are compared."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="steps of a run; the first two are not timed")
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        run = _trainer_peft if args.side == "trainer_peft" else _effitrain
+        print(json.dumps(run(args.work, args.steps, recompute=args.side.endswith("recompute"))))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        report = _compare(Path(work), args)
+    text = json.dumps(report, indent=2)
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n")
+
+
+def _compare(work: Path, args: argparse.Namespace) -> dict:
+    _prepare(work, args.layers)
+    runs: dict[str, list[dict]] = {side: [] for side in SIDES}
+    for repeat in range(args.repeats):
+        for side in SIDES:
+            command = [sys.executable, __file__, "--side", side, "--work", str(work), "--steps", str(args.steps)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{side} failed:\n{done.stderr}")
+            runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"repeat {repeat + 1}: {side} {runs[side][-1]['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
+    sides = {
+        side: {
+            "tokens_per_second": statistics.median(r["tokens_per_second"] for r in found),
+            "tokens_per_second_of_repeats": [round(r["tokens_per_second"], 1) for r in found],
+            "step_peak_bytes": found[0]["step_peak_bytes"],
+            "losses": found[0]["losses"],
+        }
+        for side, found in runs.items()
+    }
+    peer = sides["trainer_peft"]
+    ratios = {
+        side: {
+            # Turns make pairs that met the same load, so the ratio of each turn is taken first.
+            "speed": statistics.median(
+                ours["tokens_per_second"] / theirs["tokens_per_second"]
+                for ours, theirs in zip(runs[side], runs["trainer_peft"], strict=True)
+            ),
+            "memory": sides[side]["step_peak_bytes"] / peer["step_peak_bytes"],
+            "largest_relative_loss_difference": max(
+                abs(a - b) / b for a, b in zip(sides[side]["losses"], peer["losses"], strict=True)
+            ),
+        }
+        for side in SIDES[1:]
+    }
+    return {"command": "scripts/bench_cpu.py " + " ".join(sys.argv[1:]), **_machine(), "ratios": ratios, "sides": sides}
+
+
+def _machine() -> dict:
+    from importlib.metadata import version
+
+    import torch
+
+    packages = ("torch", "transformers", "peft", "effitrain")
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": unknown")
+    return {
+        "cpu": model.partition(": ")[2],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _prepare(work: Path, layers: int) -> None:
+    """The model folder and the adapter that every side starts from."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from effitrain.adapters.attach import attach
+    from effitrain.adapters.base import AdapterConfig, Clock
+    from effitrain.adapters.storage import save_adapter
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**{**SHAPE, "num_hidden_layers": layers})).save_pretrained(
+        work / "model"
+    )
+    config = AdapterConfig(r=RANK, alpha=ALPHA)
+    modules = attach(_decoder(work), config, Clock())
+    save_adapter(work / "start", {path: m.factors() for path, m in modules.items()}, config, "model")
+
+
+def _samples(steps: int):
+    """Token ids and labels [steps * batch, length]."""
+    import torch
+
+    ids = torch.randint(SHAPE["vocab_size"], (steps * BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, : LENGTH // 2] = -100
+    return ids, labels
+
+
+def _decoder(work: Path):
+    import torch
+
+    from effitrain.model.load import find_base, load_model
+    from effitrain.planning import recipe
+
+    folder = str(work / "model")
+    return load_model(find_base(folder), recipe(model=folder, quant="none", dtype="fp32"), torch.device("cpu"))
+
+
+class Stopwatch:
+    """Times of single steps, and the tracked peak of the last one, which is therefore not timed."""
+
+    def __init__(self, model, optimizer, steps: int):
+        self.model, self.optimizer, self.steps = model, optimizer, steps
+        self.seconds: list[float] = []
+        self.tracker = None
+
+    def begin(self, step: int) -> None:
+        """Step ``step`` (from 0) begins."""
+        from effitrain.train.memory import StorageTracker, model_tensors, optimizer_tensors
+
+        if step == self.steps - 1:
+            self.tracker = StorageTracker()
+            self.tracker.add([*model_tensors(self.model), *optimizer_tensors(self.optimizer)])
+            self.tracker.__enter__()
+        self.started = time.perf_counter()
+
+    def end(self) -> None:
+        """The step has ended."""
+        if self.tracker is None:
+            self.seconds.append(time.perf_counter() - self.started)
+        else:
+            self.tracker.__exit__(None, None, None)
+
+    def result(self, losses: list[float]) -> dict:
+        """What a side reports."""
+        assert self.tracker is not None
+        median = statistics.median(self.seconds[2:])
+        return {
+            "tokens_per_second": BATCH * LENGTH / median,
+            "step_peak_bytes": self.tracker.peak,
+            "losses": [round(loss, 6) for loss in losses],
+        }
+
+
+def _effitrain(work: Path, steps: int, recompute: bool) -> dict:
+    import torch
+
+    from effitrain.adapters.attach import attach
+    from effitrain.adapters.base import Clock
+    from effitrain.adapters.storage import load_into, read_adapter
+    from effitrain.data.batches import MicroBatch
+    from effitrain.train.hooks import Hook
+    from effitrain.train.loop import Course, train
+    from effitrain.train.optim import make_optimizer
+    from effitrain.train.state import TrainState
+
+    decoder, bundle, clock = _decoder(work), read_adapter(work / "start"), Clock()
+    decoder.recompute_layers = recompute
+    load_into(attach(decoder, bundle.config, clock), bundle, "start")
+    optimizer = make_optimizer("adamw", [p for p in decoder.parameters() if p.requires_grad], LR, 0.0)
+    ids, labels = _samples(steps)
+    shifted = torch.cat([labels[:, 1:], torch.full((len(labels), 1), -100)], dim=1)
+    watch, losses = Stopwatch(decoder, optimizer, steps), []
+
+    class Data:
+        def get(self, index: int) -> MicroBatch:
+            rows = slice(index * BATCH, (index + 1) * BATCH)
+            target = shifted[rows].flatten()
+            positions = torch.arange(LENGTH).repeat(BATCH)
+            return MicroBatch(
+                ids[rows].flatten(), target, positions, (LENGTH,) * BATCH, int((target != -100).sum()), BATCH
+            )
+
+    class Watch(Hook):
+        def before_step(self, state) -> None:
+            watch.begin(state.step)
+
+        def after_step(self, state, record) -> None:
+            watch.end()
+            losses.append(record.loss)
+
+    course = Course(steps, steps, 1, LR, "constant", 0.0)
+    train(decoder, Data(), optimizer, course, TrainState(), clock, [Watch()])  # type: ignore[arg-type]
+    return watch.result(losses)
+
+
+def _trainer_peft(work: Path, steps: int, recompute: bool = False) -> dict:
+    import transformers
+    from peft import PeftModel
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    transformers.logging.set_verbosity_error()
+    base = AutoModelForCausalLM.from_pretrained(work / "model")
+    model = PeftModel.from_pretrained(base, work / "start", is_trainable=True)
+    ids, labels = _samples(steps)
+    rows = [{"input_ids": i, "labels": t} for i, t in zip(ids, labels, strict=True)]
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args):
+            return SequentialSampler(rows)
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                self.watch = Stopwatch(model, trainer.optimizer, steps)
+            self.watch.begin(state.global_step)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.watch.end()
+
+    arguments = TrainingArguments(
+        output_dir=str(work / "trainer"), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=LR,
+        lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, report_to="none",
+        save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    watch = Watch()
+    trainer = InOrder(model=model, args=arguments, train_dataset=rows, callbacks=[watch])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return watch.watch.result(losses)
+
+
+if __name__ == "__main__":
+    main()

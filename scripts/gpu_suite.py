@@ -1,0 +1,240 @@
+"""What scripts/gpu_suite.sh runs on a card: the tests marked gpu, then resident NF4 LoRA runs of 1B and 8B shapes.
+
+    python scripts/gpu_suite.py --seconds 520 --out benchmarks/gpu_suite.json
+
+Weights are synthetic, data are random words; a micro-batch has 8,192 tokens and a step one micro-batch. Speed is the
+median over the steps after the first few. Each run is a process of its own, so that its peak is its own. A clock runs
+from the start: what no longer fits is left out, and the results say so.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "transformers", "triton", "bitsandbytes", "safetensors", "numpy")
+TOKENS = 8192  # of a micro-batch
+STEPS, WARM_UP = 10, 3
+TEST_SECONDS = 240  # at most, of the whole
+# Seconds a run takes until the first of its model has shown it: start, weights, and 11 steps on a card of 150 TFLOP/s.
+GUESS = {"llama-3.2-1b": 45, "llama-3.1-8b": 75}
+SLACK = 1.3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run. ``packed``: samples of many lengths share rows of ``max_seq_len``; otherwise every row is one sample."""
+
+    model: str
+    max_seq_len: int
+    recompute: str
+    packed: bool = False
+
+
+# The most telling first: the clock cuts from the end.
+SETTINGS = (
+    Setting("llama-3.1-8b", 2048, "layer"),
+    Setting("llama-3.2-1b", 2048, "layer"),
+    Setting("llama-3.2-1b", 2048, "none"),
+    Setting("llama-3.1-8b", 2048, "layer", packed=True),
+    Setting("llama-3.1-8b", 2048, "none"),
+    Setting("llama-3.1-8b", 512, "layer"),
+    Setting("llama-3.2-1b", 512, "layer"),
+    Setting("llama-3.2-1b", 512, "none"),
+)
+
+
+def main() -> None:
+    """Measure everything, or, as a child, one setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = os.environ.get("OUT_JSON") or ROOT / "benchmarks/gpu_suite.json"
+    parser.add_argument("--out", type=Path, default=Path(default), help="where the JSON goes")
+    parser.add_argument("--seconds", type=float, default=520, help="for everything")
+    parser.add_argument("--setting", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.setting:
+        print(json.dumps(measure(Setting(**args.setting), args.work)))
+        return
+    problem = no_card()
+    if problem is not None:
+        print(problem)
+        sys.exit("nothing to do" not in problem)
+    sys.exit(suite(args.out, time.monotonic() + args.seconds, args.seconds))
+
+
+def no_card() -> str | None:
+    """Why nothing can be measured here, if so."""
+    import torch
+
+    from effitrain.io.machine import card
+
+    if torch.cuda.is_available():
+        return None
+    found = card()
+    if found is None:
+        return "No CUDA card on this machine: the GPU suite has nothing to do."
+    return f"{found.name} is here, but torch {torch.__version__} cannot use it: install a CUDA build of torch."
+
+
+def suite(out: Path, deadline: float, seconds: float) -> int:
+    """Tests and runs until ``deadline``; 1 when one of them failed. What is done is written as it is done."""
+    result: dict[str, Any] = {"command": f"scripts/gpu_suite.sh --seconds {seconds:g}", **machine(), "runs": []}
+    with tempfile.TemporaryDirectory() as work:
+        result["tests"] = tests(Path(work), min(TEST_SECONDS, deadline - time.monotonic()))
+        say("tests", result["tests"])
+        write_words(Path(work))
+        for setting in SETTINGS:
+            run = {**asdict(setting), **attempt(setting, Path(work), deadline, result["runs"])}
+            result["runs"].append(run)
+            say("run", run)
+            result["seconds"] = round(seconds - (deadline - time.monotonic()), 1)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(result, indent=2) + "\n")
+    failed = [part for part in (result["tests"], *result["runs"]) if "failed" in part]
+    print(f"{result['seconds']:.0f} s, {len(failed)} parts failed; results in {out}")
+    return int(bool(failed))
+
+
+def machine() -> dict[str, Any]:
+    """The card and the software."""
+    import torch
+
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,power.limit", "--format=csv,noheader"]
+    name, memory, driver, power = subprocess.check_output(query, text=True).splitlines()[0].split(", ")
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {"card": name, "memory": memory, "driver": driver, "power_limit": power, "versions": versions}
+
+
+def tests(work: Path, seconds: float) -> dict[str, Any]:
+    """Run the tests marked gpu; only files that hold such a mark are read, so others need no package they lack here."""
+    marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    # Versions here need not be the pinned ones, so a warning of theirs is no failure.
+    options = ["-m", "gpu", "-q", "-W", "default", "-p", "no:cacheprovider", f"--junitxml={work / 'tests.xml'}"]
+    started = time.monotonic()
+    try:
+        done = run([sys.executable, "-P", "-m", "pytest", *options, *marked], work, seconds)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"the tests took more than {seconds:.0f} s"}
+    took = round(time.monotonic() - started, 1)
+    if not (work / "tests.xml").exists():
+        return {"failed": last_lines(done), "seconds": took}
+    cases = list(ElementTree.parse(work / "tests.xml").iter("testcase"))
+    broken = {
+        name_of(case): fault.get("message", "")[:500]
+        for case in cases
+        for fault in (*case.findall("failure"), *case.findall("error"))
+    }
+    skipped = {name_of(case): fault.get("message", "") for case in cases for fault in case.findall("skipped")}
+    counts = {"passed": len(cases) - len(broken) - len(skipped), "skipped": skipped, "seconds": took}
+    return {**counts, "failed": broken} if broken or done.returncode else counts
+
+
+def attempt(setting: Setting, work: Path, deadline: float, before: list[dict[str, Any]]) -> dict[str, Any]:
+    """One setting in a process of its own, or why not."""
+    shown = [run["seconds"] for run in before if run["model"] == setting.model and "seconds" in run]
+    needed, left = SLACK * max(shown, default=GUESS[setting.model]), deadline - time.monotonic()
+    if left < needed:
+        return {"skipped": f"{left:.0f} s are left and it takes about {needed:.0f} s"}
+    command = [sys.executable, "-P", __file__, "--setting", json.dumps(asdict(setting)), "--work", str(work)]
+    started = time.monotonic()
+    try:
+        done = run(command, work, left)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done when the {left:.0f} s that were left had passed"}
+    if done.returncode:
+        return {"failed": last_lines(done)}
+    return {**json.loads(done.stdout.splitlines()[-1]), "seconds": round(time.monotonic() - started, 1)}
+
+
+def run(command: list[str], work: Path, seconds: float) -> subprocess.CompletedProcess[str]:
+    """``command`` with a data cache that goes away with ``work``."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(work / "cache"), "PYTHONUNBUFFERED": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=environment)
+
+
+def measure(setting: Setting, work: Path) -> dict[str, Any]:
+    """Run ``setting`` in this process: speed, and the peak of memory against what the plan said."""
+    import torch
+
+    from effitrain import api
+    from effitrain.train.memory import cuda_context_bytes
+
+    data = work / ("samples.jsonl" if setting.packed else "words.txt")
+    out = work / "-".join(str(value) for value in asdict(setting).values())
+    asked = api.recipe(
+        model=setting.model, weights="synthetic", dataset=str(data), format="text", eval_fraction=0.0,
+        packing=setting.packed, max_seq_len=setting.max_seq_len, batch_size=TOKENS // setting.max_seq_len,
+        grad_accum=1, max_steps=STEPS, save_every=STEPS, recompute=setting.recompute, output_dir=str(out),
+    )  # fmt: skip
+    plan = api.plan(asked)
+    if not plan.fits:
+        return {"skipped": plan.reasons[0]}
+    report = api.run(asked)
+    assert report is not None
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line["tokens_per_second"] for line in lines[WARM_UP:]]
+    return {
+        "tokens_per_second": round(statistics.median(speeds), 1),
+        "tokens_per_second_of_steps": [round(speed, 1) for speed in speeds],
+        "tokens_of_steps": [line["tokens"] for line in lines[WARM_UP:]],
+        "predicted_peak_bytes": report.memory.predicted_peak_bytes,
+        "measured_peak_bytes": report.memory.measured_peak_bytes,
+        "budget_bytes": report.memory.budget_bytes,
+        "overhead_bytes": plan.overhead_bytes,
+        "context_bytes": cuda_context_bytes(),
+        "reserved_peak_bytes": torch.cuda.max_memory_reserved(),
+        "allocated_peak_bytes": torch.cuda.max_memory_allocated(),
+        "peak_rss_bytes": report.memory.peak_rss_bytes,
+        "losses": [round(line["loss"], 4) for line in lines],
+    }
+
+
+def write_words(work: Path) -> None:
+    """Random words as running text and as samples of 30 to 600 words; a word is one token or more."""
+    source = random.Random(0)
+    words = ["".join(source.choices("abcdefghijklmnopqrstuvwxyz", k=source.randint(2, 8))) for _ in range(150_000)]
+    (work / "words.txt").write_text(" ".join(words))
+    with (work / "samples.jsonl").open("w") as file:
+        start = 0
+        while start < len(words):
+            end = start + source.randint(30, 600)
+            file.write(json.dumps({"text": " ".join(words[start:end])}) + "\n")
+            start = end
+
+
+def name_of(case: ElementTree.Element) -> str:
+    """Module and name of a test."""
+    return f"{case.get('classname')}::{case.get('name')}"
+
+
+def last_lines(done: subprocess.CompletedProcess[str]) -> str:
+    """The end of what a process said."""
+    return (done.stderr.strip() or done.stdout.strip())[-1500:]
+
+
+def say(what: str, result: dict[str, Any]) -> None:
+    """One line about a part that is done."""
+    shown = {key: value for key, value in result.items() if not isinstance(value, list | dict) or key == "failed"}
+    print(f"{what}: {json.dumps(shown)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

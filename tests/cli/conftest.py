@@ -1,0 +1,168 @@
+"""What the tests of the command line share: calling it in this process, a finished run, and a place for bad input."""
+
+import hashlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+PROGRESS = re.compile(r"(^|\r)(loading|training|merging):[^\r\n]*|\r|\x1b\[A")
+
+
+class Answer(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache for what module fixtures run, before any test has its own; and no variable left that the command sets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        yield
+
+
+@pytest.fixture(scope="session")
+def effitrain() -> Callable[..., Answer]:
+    """``effitrain(*arguments)``: the command line, in this process for speed."""
+    from effitrain.cli.main import main
+
+    def call(*arguments: object) -> Answer:
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.raises(SystemExit) as end, redirect_stdout(out), redirect_stderr(err):
+            main([str(argument) for argument in arguments])
+        assert isinstance(end.value.code, int)
+        return Answer(end.value.code, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve rows of different lengths, as prompt and completion."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = (json.dumps({"prompt": f"Say {i}", "completion": f"{i} " * (i + 1)}) for i in range(12))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def asked(tiny_model: Callable[..., Path], rows: Path) -> dict[str, object]:
+    """Flags of a run of two steps."""
+    return {
+        "--model": tiny_model(), "--dataset": rows, "--quant": "none", "--lora-r": 4, "--max-seq-len": 48,
+        "--batch-size": 4, "--grad-accum": 1, "--max-steps": 2, "--lr": 1e-2,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished(
+    effitrain: Callable[..., Answer], asked: dict[str, object], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of that run, finished; do not change it."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    answer = effitrain("run", *(part for pair in asked.items() for part in pair), "-o", folder)
+    assert answer.code == 0, answer.err
+    return folder
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a case makes its bad input, with good ones beside it."""
+
+    root: Path
+    asked: Mapping[str, object]
+    finished: Path
+
+    def run(self, verb: str = "run", **flags: object) -> list[object]:
+        """The command of a run that would go well but for ``flags``; None leaves one out."""
+        changed = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
+        kept = {**self.asked, "-o": self.root / "out", **changed}
+        return [verb, *(part for pair in kept.items() if pair[1] is not None for part in pair)]
+
+    def on(self, content: str | bytes, name: str = "rows.jsonl", **flags: object) -> list[object]:
+        """A run on a data file with this content."""
+        return self.run(dataset=self.file(name, content), **flags)
+
+    def file(self, name: str, content: str | bytes) -> Path:
+        """A new file."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def model(self, *without: str, **config: Any) -> Path:
+        """A copy of the model, without some files, with another config."""
+        folder = self.root / "model"
+        shutil.copytree(str(self.asked["--model"]), folder, ignore=shutil.ignore_patterns(*without))
+        if config:
+            path = folder / "config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+        return folder
+
+    def weights(self, change: Callable[[bytes], bytes]) -> Path:
+        """A copy of the model whose weights file is changed."""
+        path = self.model() / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+        return path.parent
+
+    def adapter(self, **config: Any) -> Path:
+        """A copy of the finished run's adapter with another config."""
+        folder = self.root / "adapter"
+        shutil.copytree(self.finished / "adapter", folder)
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+        return folder
+
+    def with_adapter(self, verb: str, adapter: Path, *more: object) -> list[object]:
+        """``eval``, ``chat`` or ``export`` of the model with an adapter."""
+        return [verb, "--model", self.asked["--model"], "--adapter", adapter, *more]
+
+
+@pytest.fixture
+def place(tmp_path: Path, asked: dict[str, object], finished: Path) -> Place:
+    """A new place."""
+    return Place(tmp_path, asked, finished)
+
+
+@pytest.fixture
+def refused(effitrain: Callable[..., Answer], place: Place) -> Callable[..., Answer]:
+    """``refused(arguments, words, code=2)``: the command ends in one message with all of ``words`` in it, and all that
+    was there is unchanged; no result is written.
+    """
+
+    def check(arguments: list[object], words: tuple[str, ...], code: int = 2) -> Answer:
+        watched = (place.root, place.finished, Path(str(place.asked["--model"])))
+        before = snapshot(*watched)
+        answer = effitrain(*arguments)
+        assert answer.code == code, answer
+        assert "Traceback" not in answer.out + answer.err
+        message = PROGRESS.sub("", answer.err).strip()
+        assert message.startswith("effitrain: ") and message.count("effitrain: ") == 1, answer.err
+        assert len(message) < 1500 and len(message.splitlines()) < 12, message
+        absent = [word for word in words if word.casefold() not in message.casefold()]
+        assert not absent, f"{absent} not in: {message}"
+        after = snapshot(*watched)
+        assert before.items() <= after.items(), "something that was there has changed"
+        made = [Path(path).relative_to(place.root).parts for path in after.keys() - before.keys()]
+        assert not [parts for parts in made if parts[0] != "out" or {"adapter", "report.json", "model"} & {*parts}]
+        return answer
+
+    return check
+
+
+def snapshot(*folders: Path) -> dict[str, str]:
+    """The content of every file, by its path."""
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

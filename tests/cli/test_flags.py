@@ -1,0 +1,229 @@
+"""The command line's flags: the frozen list, their spellings, recipes in YAML, and that no field is without effect."""
+
+import hashlib
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from effitrain.cli.main import VERBS
+from effitrain.core.errors import InputError
+from effitrain.core.recipe import Recipe
+from effitrain.planning import plan, recipe
+
+ADAPT = "--model --weights --gpu-mem --host-mem --quant --dtype --batch-size --max-seq-len --seed --adapter --config"
+DATA = (
+    "--dataset --format --columns --template --train-on-prompt --no-train-on-prompt --truncation --packing --no-packing"
+)
+RUN = f"""
+    {DATA} --config --model --weights --eval-dataset --eval-fraction --eval-every
+    --output-dir -o --save-every --keep-checkpoints --resume --report-to
+    --gpu-mem --host-mem --gpu --fit --quant --dtype --recompute
+    --max-seq-len --batch-size --grad-accum --lr --schedule --warmup --epochs --max-steps --seed
+    --weight-decay --max-grad-norm --optimizer
+    --method --lora-r --lora-alpha --lora-dropout --lora-targets --lora-rslora --no-lora-rslora --init-adapter
+"""
+FLAGS = {
+    "plan": f"{RUN} --json",
+    "run": f"{RUN} --dry-run --json --quiet",
+    "eval": f"{ADAPT} {DATA} --json",
+    "chat": f"{ADAPT} --template --prompt --max-new-tokens --temperature",
+    "export": "--model --output-dir -o --config --adapter --to",
+    "doctor": "",
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_list_of_flags_is_frozen(verb):
+    """A new flag is a decision, and so is a lost one: change this list with it."""
+    command = importlib.import_module(f"effitrain.cli.{verb}").command
+    given = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    assert given == set(FLAGS[verb].split())
+    assert all(option.help for option in command.params)
+
+
+def test_help_of_every_verb_without_torch():
+    code = f"""
+import sys
+from effitrain.cli.main import main
+for arguments in ([], *([verb] for verb in {VERBS!r})):
+    try:
+        main([*arguments, "--help"])
+    except SystemExit as end:
+        assert end.code == 0, arguments
+heavy = {{"torch", "numpy", "transformers", "datasets"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: ") == len(VERBS) + 1 and not done.stderr
+
+
+def planned(effitrain, *arguments: object) -> dict:
+    answer = effitrain("plan", *arguments, "--json")
+    assert answer.code == 0, answer.err
+    return json.loads(answer.out)
+
+
+def test_snake_case_is_accepted(effitrain, asked):
+    kebab = planned(effitrain, "--model", asked["--model"], "--max-seq-len", 40, "--lora-targets", "q_proj")
+    snake = planned(effitrain, "--model", asked["--model"], "--max_seq_len", 40, "--lora_targets", "q_proj")
+    assert kebab["ledger"] == snake["ledger"] and snake["settings"]["max_seq_len"] == 40
+
+
+def test_flags_override_the_recipe_file(effitrain, asked, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {asked['--model']}\nmax-seq-len: 40\nbatch_size: 2\nlr: 0.5\n")
+    settings = planned(effitrain, "--config", path)["settings"]
+    assert (settings["max_seq_len"], settings["batch_size"], settings["lr"]) == (40, 2, 0.5)
+    settings = planned(effitrain, "--config", path, "--batch-size", 3, "--lr", "auto")["settings"]
+    assert (settings["max_seq_len"], settings["batch_size"], settings["lr"]) == (40, 3, 2e-4)
+
+
+def test_a_switch_turns_off_what_the_recipe_file_turns_on(effitrain, asked, finished, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text((finished / "recipe.yaml").read_text().replace("packing: false", "packing: true"))
+    off = effitrain("run", "--config", path, "--no-packing", "-o", finished)
+    assert off.code == 0 and "finished" in off.out
+    assert effitrain("run", "--config", path, "-o", finished).code == 2
+
+
+def test_the_recipe_of_a_run_holds_every_field(finished):
+    import yaml
+
+    fields = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert fields.keys() == Recipe.model_fields.keys()
+    decided = ("max_seq_len", "batch_size", "grad_accum", "lr", "dtype", "recompute", "optimizer")
+    assert not [name for name in decided if fields[name] in (None, "auto")]
+
+
+# What shows that a field does something: see the views below.
+PLAN = {
+    "gpu_mem": 2**30, "host_mem": 2**30, "gpu": "t4", "quant": "nf4", "dtype": "fp32", "recompute": "layer",
+    "max_seq_len": 40, "batch_size": 2, "grad_accum": 3, "optimizer": "adamw8bit", "lora_r": 2,
+    "lora_targets": ("q_proj",), "model": "llama-3.2-1b",
+}  # fmt: skip
+TOKENS = {
+    "dataset": "other", "format": "text", "columns": {"completion": "text"}, "template": "chatml",
+    "train_on_prompt": True, "truncation": "left", "eval_dataset": "other", "eval_fraction": 0.5,
+}  # fmt: skip
+TRAINING = {
+    "weights": "synthetic:7", "packing": True, "lr": 1e-3, "schedule": "constant", "warmup": 0.9, "epochs": 2.0,
+    "max_steps": 1, "seed": 1, "weight_decay": 0.5, "max_grad_norm": 1e-3, "lora_alpha": 4.0, "lora_dropout": 0.5,
+    "lora_rslora": True, "init_adapter": "finished",
+}  # fmt: skip
+FILES = {"output_dir": "elsewhere", "save_every": 4, "keep_checkpoints": 1, "eval_every": 1, "report_to": "wandb"}
+REFUSED = {"fit": "stream", "method": "loro", "resume": "nowhere"}
+
+
+def test_every_field_has_its_place():
+    places = [*PLAN, *TOKENS, *TRAINING, *FILES, *REFUSED]
+    assert sorted(places) == sorted(Recipe.model_fields)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model, tmp_path_factory) -> dict:
+    """The fields that one at a time is changed of."""
+    folder = tmp_path_factory.mktemp("fields")
+    for name, count in (("rows", 12), ("other", 9)):
+        rows = (
+            {"prompt": f"Say {name} " * (2 + i // 2), "completion": f"{i} " * (i + 1), "text": f"text {i}"}
+            for i in range(count)
+        )
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "model": str(tiny_model()), "dataset": str(folder / "rows.jsonl"), "quant": "none", "lora_r": 4,
+        "max_seq_len": 96, "batch_size": 3, "grad_accum": 1, "lr": 1e-2, "eval_fraction": 0.2, "save_every": 1,
+        "gpu_mem": 2**35, "host_mem": 2**35,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def changed(base, finished):
+    """``changed(field, value)``: a recipe of ``base`` with one field changed; stand-ins become paths."""
+
+    def make(field: str, value: object) -> Recipe:
+        paths = {"other": str(Path(base["dataset"]).with_name("other.jsonl")), "finished": str(finished)}
+        return recipe(**{**base, field: paths.get(value, value) if isinstance(value, str) else value})
+
+    return make
+
+
+@pytest.mark.parametrize("field", PLAN)
+def test_fields_that_change_the_plan(base, changed, field):
+    before, after = plan(recipe(**base)), plan(changed(field, PLAN[field]))
+    assert (before.settings, before.ledger, before.budget_bytes, before.reasons) != (
+        *(after.settings, after.ledger, after.budget_bytes, after.reasons),
+    )
+
+
+@pytest.mark.parametrize("field", TOKENS)
+def test_fields_that_change_the_tokens(base, changed, tmp_path, field):
+    from effitrain.data.prepare import prepare_data
+    from effitrain.model.load import find_base
+
+    def view(asked: Recipe) -> list[bytes]:
+        tokens = prepare_data(asked, find_base(asked.model).tokenizer(), 96, tmp_path)
+        return [array.tobytes() for part in (tokens.train, tokens.eval) for array in vars(part).values()]
+
+    assert view(recipe(**base)) != view(changed(field, TOKENS[field]))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """``ran(recipe)``: metrics of a run, its adapter, and its folder, but for the picture, which takes long to draw."""
+    from effitrain import api
+
+    def run(asked: Recipe) -> tuple[list, str, Path]:
+        folder = tmp_path_factory.mktemp("ran") / asked.output_dir
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("effitrain.report.files.loss_png", lambda *drawn: b"")
+            api.run(asked.changed(output_dir=str(folder)))
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        adapter = b"".join(path.read_bytes() for path in sorted((folder / "adapter").iterdir()))
+        return [(line["loss"], line["lr"]) for line in lines], hashlib.sha256(adapter).hexdigest(), folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unchanged(base, ran):
+    return ran(recipe(**base))
+
+
+def test_the_same_recipe_gives_the_same_run(base, ran, unchanged):
+    assert ran(recipe(**base))[:2] == unchanged[:2]
+
+
+@pytest.mark.parametrize("field", TRAINING)
+def test_fields_that_change_the_training(changed, ran, unchanged, field):
+    metrics, adapter, _ = ran(changed(field, TRAINING[field]))
+    assert (metrics, adapter) != unchanged[:2] and adapter != unchanged[1]
+
+
+@pytest.mark.parametrize("field", FILES)
+def test_fields_that_change_where_and_what_is_written(changed, ran, unchanged, monkeypatch, field):
+    sent: list[dict] = []
+    tracker = SimpleNamespace(init=lambda **where: SimpleNamespace(log=lambda values, step: sent.append(values)))
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    metrics, adapter, folder = ran(changed(field, FILES[field]))
+    assert (metrics, adapter) == unchanged[:2]
+    views = [
+        (
+            where.name,
+            sorted(path.name for path in (where / "checkpoints").iterdir()),
+            len(json.loads((where / "run.json").read_text())["evals"]),
+        )
+        for where in (folder, unchanged[2])
+    ]
+    assert views[0] != views[1] or len(sent) == len(metrics)
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_fields_that_are_refused(changed, ran, field):
+    with pytest.raises(InputError, match=str(REFUSED[field])):
+        ran(changed(field, REFUSED[field]))

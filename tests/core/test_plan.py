@@ -1,0 +1,297 @@
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effitrain.core.budget import GIB, MemoryBudget, card_bytes
+from effitrain.core.choices import time_per_token
+from effitrain.core.errors import BudgetError, InputError
+from effitrain.core.plan import Plan, make_plan, refusal, resolve
+from effitrain.core.presets import find_preset
+from effitrain.core.recipe import make_recipe
+from effitrain.core.spec import ModelSpec, spec_from_config
+
+CONTRACT = {
+    "fits", "fit", "budget_bytes", "peak_bytes", "host_peak_bytes", "overhead_bytes", "resident_layers", "prune_ratio",
+    "micro_batch_tokens", "model", "ledger", "alternatives", "reasons", "proof",
+}  # fmt: skip
+PLENTY = MemoryBudget(2**50, 2**50, GIB, "cuda")
+
+
+def preset(name: str) -> ModelSpec:
+    found = find_preset(name)
+    assert found is not None
+    return spec_from_config(found.config, name)
+
+
+def plan(
+    model: str = "llama-3.1-8b", gpu: int = 24 * GIB, host: int = 64 * GIB, device: Any = "cuda", **fields: Any
+) -> Plan:
+    budget = MemoryBudget(gpu, host, GIB if device == "cuda" else 0, device)
+    return make_plan(preset(model), make_recipe(fields), budget)
+
+
+def test_json_has_exactly_the_keys_of_the_contract() -> None:
+    for made in (plan(), plan("llama-70b", 20 * GIB)):
+        content = made.to_json()
+        assert set(content) == CONTRACT | {"settings"}
+        assert set(content["model"]) == {"name", "params", "linear_params", "layers", "hidden", "vocab"}
+        assert all(set(line) == {"what", "where", "bytes", "formula"} for line in content["ledger"])
+        assert all(
+            set(row)
+            == {"fit", "prune_ratio", "fits", "peak_bytes", "host_peak_bytes", "tokens_per_second_estimate", "why"}
+            for row in content["alternatives"]
+        )
+        assert set(content["settings"]) == {
+            "max_seq_len", "batch_size", "grad_accum", "dtype", "recompute", "optimizer", "lr",
+        }  # fmt: skip
+        assert json.loads(json.dumps(content)) == content
+
+
+def test_llama_70b_is_refused_at_20_and_24_gib() -> None:
+    for size in (20 * GIB, 24 * GIB):
+        made = plan("llama-70b", size, max_seq_len=512)
+        assert not made.fits and made.fit == "resident" and made.resident_layers == 80
+        assert made.model.linear_params == 68_451_041_280 and made.model.params == 70_553_706_496
+    assert made.reasons[0].startswith(
+        "The model needs 40.2 GiB at 512 tokens and the budget is 24.0 GiB: 16.2 GiB short"
+    )
+    assert plan("llama-70b", 48 * GIB, max_seq_len=512).fits
+
+
+def test_planning_is_quick_and_needs_no_torch() -> None:
+    code = (
+        "import sys; from effitrain.core import plan, presets, spec, budget, recipe\n"
+        "found = presets.find_preset('llama-70b'); shape = spec.spec_from_config(found.config, found.name)\n"
+        "made = recipe.make_recipe({'gpu_mem': '20G', 'gpu': 'rtx4090'})\n"
+        "print(plan.make_plan(shape, made, budget.make_budget(made, 'cpu', 0, 2**36)).fits)\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    started = time.perf_counter()
+    plan("llama-405b", 20 * GIB, batch_size=16, recompute="none", quant="none")
+    assert time.perf_counter() - started < 0.5  # 0.03 s alone on a core
+
+
+def test_one_byte_too_little_is_refused_with_the_shortfall_and_the_way_out() -> None:
+    fixed = {"batch_size": 8, "recompute": "none", "max_seq_len": 512}
+    need = plan(gpu=2**50, **fixed).peak_bytes
+    assert plan(gpu=need, **fixed).fits
+    short = plan(gpu=need - 1, **fixed)
+    assert not short.fits and short.reasons[0].endswith(": 1 B short.")
+    error = refusal(short)
+    assert isinstance(error, BudgetError) and error.exit_code == 3 and error.plan is short
+    assert "--recompute layer (" in error.next_step and "--batch-size 1 --grad-accum 16 (" in error.next_step
+    assert "--optimizer adamw8bit (" in error.next_step and "--max-seq-len 448 (" in error.next_step
+
+
+def test_refusal_without_a_way_out_says_so() -> None:
+    error = refusal(plan("llama-70b", 20 * GIB))
+    assert "Nothing resident fits" in error.next_step and "20.0 GiB" in error.fact
+
+
+def test_alternatives_are_true_when_taken() -> None:
+    fixed: dict[str, Any] = {"batch_size": 4, "recompute": "none", "max_seq_len": 4096, "grad_accum": 2}
+    made = plan(gpu=11 * GIB, **fixed)
+    resident = [row for row in made.alternatives if row.fit == "resident"]
+    assert resident and any(row.fits for row in resident) and not all(row.fits for row in resident)
+    for row in resident:
+        words = row.why.split()
+        flags = {flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+        taken = plan(gpu=11 * GIB, **{**fixed, **flags})
+        assert (taken.fits, taken.peak_bytes) == (row.fits, row.peak_bytes)
+        assert row.peak_bytes is not None and row.peak_bytes < made.peak_bytes
+
+
+def test_the_first_changes_that_suffice_are_joined() -> None:
+    made = plan(gpu=11 * GIB, batch_size=4, grad_accum=2, recompute="none", max_seq_len=4096)
+    assert "--recompute layer --batch-size 1 --grad-accum 8" in [row.why for row in made.alternatives if row.fits]
+    enough = plan(gpu=20 * GIB, batch_size=4, grad_accum=2, recompute="none", max_seq_len=4096)
+    assert [row.why for row in enough.alternatives if row.fits] == ["--recompute layer", "--max-seq-len 704"]
+
+
+def test_a_shorter_sequence_is_the_longest_that_fits() -> None:
+    made = plan(gpu=9 * GIB, max_seq_len=16_384)
+    row = next(row for row in made.alternatives if "--max-seq-len" in row.why)
+    length = int(row.why.split()[-1])
+    assert row.fits and length % 64 == 0
+    assert plan(gpu=9 * GIB, max_seq_len=length).fits
+    assert not plan(gpu=9 * GIB, max_seq_len=length + 64).fits
+
+
+@pytest.mark.parametrize(
+    ("fields", "flag"), [({"quant": "none"}, "--quant nf4"), ({"dtype": "fp32"}, "--dtype bf16"), ({}, "--optimizer")]
+)
+def test_what_was_fixed_large_is_offered_smaller(fields: dict[str, Any], flag: str) -> None:
+    assert any(flag in row.why for row in plan("llama-70b", 20 * GIB, **fields).alternatives)
+
+
+def test_streaming_and_pruning_are_named_as_not_there_yet() -> None:
+    for made in (plan(), plan("llama-70b", 20 * GIB)):
+        rows = {row.fit: row for row in made.alternatives if row.fit != "resident"}
+        assert set(rows) == {"stream", "prune"}
+        assert all(
+            not row.fits and row.peak_bytes is None and "not in this version yet" in row.why for row in rows.values()
+        )
+
+
+def test_too_little_host_memory_is_a_refusal_of_its_own() -> None:
+    made = plan(host=GIB)
+    assert not made.fits and made.peak_bytes <= made.budget_bytes
+    assert made.reasons[0].startswith("The host needs 4.0 GiB and its budget is 1.0 GiB: 3.0 GiB short")
+
+
+def reasons(**fields: Any) -> str:
+    return "\n".join(plan(**fields).reasons)
+
+
+def test_reasons_say_why() -> None:
+    assert "the fastest that fits 24.0 GiB" in reasons()
+    assert "16 samples a step" in reasons(max_seq_len=64, model="llama-3.2-1b")
+    assert "a CPU gains no speed beyond 4096 tokens" in reasons(device="cpu", model="qwen2.5-0.5b", max_seq_len=512)
+    assert "a CPU gains" not in reasons(device="cpu", model="qwen2.5-0.5b", max_seq_len=64)
+    assert "No recomputation" in reasons()
+    assert "keeping every activation needs" in reasons(gpu=12 * GIB)
+    assert "longer than the 4096 positions" in reasons(model="llama-2-7b", max_seq_len=8192, batch_size=1)
+    assert reasons(batch_size=1, recompute="layer") == ""
+
+
+def test_a_clipped_budget_is_told() -> None:
+    budget = MemoryBudget(24 * GIB, 64 * GIB, GIB, "cuda", "rtx4090", "Clipped.")
+    assert "Clipped." in make_plan(preset("llama-3.1-8b"), make_recipe({}), budget).reasons
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"), [("q_prj,v_proj", "no linear named q_prj"), ("", "No linear is adapted")]
+)
+def test_targets_the_model_does_not_have_are_refused(targets: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        plan(lora_targets=targets)
+    assert "q_proj, k_proj" in caught.value.next_step
+
+
+def test_an_8b_trains_on_a_12_gb_card() -> None:
+    assert plan(gpu=card_bytes("rtx3060")).fits
+
+
+def test_resolve_fills_in_what_was_open_and_nothing_else() -> None:
+    recipe = make_recipe({"lora_r": 8, "columns": {"prompt": "q"}})
+    made = make_plan(preset("llama-3.1-8b"), recipe, PLENTY)
+    full = resolve(recipe, made)
+    assert (full.max_seq_len, full.batch_size, full.grad_accum, full.dtype) == (2048, 16, 1, "bf16")
+    assert (full.recompute, full.lr) == ("none", 2e-4)
+    changed = {key for key, value in full if value != getattr(recipe, key)}
+    assert changed == {"max_seq_len", "batch_size", "grad_accum", "dtype", "recompute", "lr"}
+    again = make_plan(preset("llama-3.1-8b"), full, PLENTY)
+    assert again.settings == made.settings and again.ledger == made.ledger
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> ModelSpec:
+    kv_heads = draw(st.integers(1, 4))
+    config = {
+        "model_type": draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "gemma"])),
+        "hidden_size": 8 * draw(st.integers(1, 64)),
+        "intermediate_size": draw(st.integers(1, 2000)),
+        "num_hidden_layers": draw(st.integers(1, 6)),
+        "num_attention_heads": kv_heads * draw(st.integers(1, 4)),
+        "num_key_value_heads": kv_heads,
+        "head_dim": 2 * draw(st.integers(1, 64)),
+        "vocab_size": draw(st.integers(1, 200_000)),
+        "max_position_embeddings": draw(st.integers(8, 10_000)),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    return spec_from_config(config, "random")
+
+
+fixed_fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "max_seq_len": st.integers(8, 10_000),
+        "batch_size": st.integers(1, 40),
+        "grad_accum": st.integers(1, 40),
+        "dtype": st.sampled_from(["bf16", "fp16", "fp32"]),
+        "recompute": st.sampled_from(["none", "layer"]),
+        "optimizer": st.sampled_from(["adamw", "adamw8bit", "paged-adamw8bit"]),
+        "lr": st.floats(1e-6, 1e-2),
+        "quant": st.sampled_from(["nf4", "none"]),
+        "lora_r": st.integers(1, 256),
+        "lora_targets": st.sampled_from(["q_proj", "down_proj,lm_head", "self_attn.k_proj,up_proj"]),
+    },
+)
+sizes = st.sampled_from([1, 2**30, 2**32, 2**34, 2**40]).flatmap(lambda top: st.integers(1, top))
+budgets = st.builds(
+    MemoryBudget,
+    gpu_bytes=sizes,
+    host_bytes=sizes,
+    overhead_bytes=st.integers(0, 2**31),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+# Planning takes milliseconds, the first example of a cold process longer.
+quick = settings(max_examples=60, deadline=None)
+
+
+@quick
+@given(specs(), fixed_fields, budgets)
+def test_every_plan_is_consistent(spec: ModelSpec, fields: dict[str, Any], budget: MemoryBudget) -> None:
+    recipe = make_recipe(fields)
+    made = make_plan(spec, recipe, budget)
+    assert sum(line.bytes for line in made.ledger if line.where == "gpu") == made.peak_bytes
+    assert sum(line.bytes for line in made.ledger if line.where == "host") == made.host_peak_bytes
+    assert {line.where for line in made.ledger} <= {"gpu", "host"} and all(line.bytes > 0 for line in made.ledger)
+    assert made.fits == (made.peak_bytes <= budget.gpu_bytes and made.host_peak_bytes <= budget.host_bytes)
+    assert made.micro_batch_tokens == made.settings.batch_size * made.settings.max_seq_len
+    assert made.overhead_bytes <= made.peak_bytes
+    if not made.fits:
+        assert "short" in refusal(made).fact
+        assert all(row.peak_bytes < made.peak_bytes for row in made.alternatives if row.peak_bytes is not None)
+
+
+@quick
+@given(specs(), fixed_fields, budgets)
+def test_fixed_choices_survive(spec: ModelSpec, fields: dict[str, Any], budget: MemoryBudget) -> None:
+    recipe = make_recipe(fields)
+    full = resolve(recipe, make_plan(spec, recipe, budget))
+    for key, value in recipe.model_dump(include=set(fields)).items():
+        assert getattr(full, key) == value, key
+    assert full.max_seq_len and full.batch_size and full.grad_accum and full.lr
+    assert "auto" not in (full.dtype, full.recompute)
+
+
+GROWN = st.sampled_from(["max_seq_len", "batch_size", "lora_r", "num_hidden_layers"])
+
+
+@quick
+@given(specs(), fixed_fields, GROWN, st.integers(1, 500), st.sampled_from(["cpu", "cuda"]))
+def test_peak_grows_with_tokens_rank_and_layers(
+    spec: ModelSpec, fields: dict[str, Any], grown: str, more: int, device: Any
+) -> None:
+    base = {"max_seq_len": 100, "batch_size": 2, "lora_r": 8, "recompute": "none", **fields}
+    budget = MemoryBudget(2**60, 2**60, 0, device)
+    small = make_plan(spec, make_recipe(base), budget)
+    if grown == "num_hidden_layers":
+        deeper = dataclasses.replace(spec, layers=spec.layers + spec.layers[:1])
+        large = make_plan(deeper, make_recipe(base), budget)
+    else:
+        large = make_plan(spec, make_recipe({**base, grown: base[grown] + more}), budget)
+    assert large.peak_bytes > small.peak_bytes
+
+
+@quick
+@given(specs(), fixed_fields, st.integers(0, 2**30), st.integers(0, 2**34), st.sampled_from(["cpu", "cuda"]))
+def test_a_larger_budget_never_gives_a_slower_plan(
+    spec: ModelSpec, fields: dict[str, Any], slack: int, more: int, device: Any
+) -> None:
+    recipe = make_recipe(fields)
+    least = make_plan(spec, recipe, MemoryBudget(1, 2**60, 0, device)).peak_bytes
+    small = make_plan(spec, recipe, MemoryBudget(least + slack, 2**60, 0, device))
+    large = make_plan(spec, recipe, MemoryBudget(least + slack + more, 2**60, 0, device))
+    assert small.fits and large.fits
+    assert time_per_token(large.settings, recipe) <= time_per_token(small.settings, recipe)

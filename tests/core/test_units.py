@@ -1,0 +1,59 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effitrain.core.errors import InputError
+from effitrain.core.units import format_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("20G", 20 * 2**30),
+        ("20GiB", 20 * 2**30),
+        ("20GB", 20 * 10**9),
+        ("1.5g", 3 * 2**29),
+        (" 512 M ", 512 * 2**20),
+        ("3KB", 3000),
+        ("2T", 2 * 2**40),
+        ("100B", 100),
+        ("100", 100),
+        (7, 7),
+    ],
+)
+def test_sizes_as_people_write_them(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "20 X", "-1G", "1e9", "20G20", "nan", "20,5G", None, True, [1]])
+def test_what_is_no_size_is_refused_with_an_example(text: object) -> None:
+    with pytest.raises(InputError, match="not a memory size") as caught:
+        parse_bytes(text)  # type: ignore[arg-type]
+    assert "20G" in caught.value.next_step
+
+
+@pytest.mark.parametrize("text", ["0", "0G", 0, -5, "0.0000001K"])
+def test_nothing_is_no_budget(text: str | int) -> None:
+    with pytest.raises(InputError, match="above zero"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (17, "17 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (441 * 2**20, "441 MiB"),
+        (35_311_779_840, "32.9 GiB"),
+        (5000 * 2**30, "5000 GiB"),
+    ],
+)
+def test_sizes_for_people(size: int, text: str) -> None:
+    assert format_bytes(size) == text
+
+
+@given(st.integers(1, 2**50))
+def test_what_is_formatted_reads_back_within_its_digits(size: int) -> None:
+    assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=0.06)

@@ -1,0 +1,161 @@
+"""The report page: well-formed, needs nothing beside itself, shows what was measured, shows no markup of the user's."""
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from effitrain.report.html import STEP_ROWS, format_seconds, render_report
+
+PNG = b"\x89PNG not really"
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest; collects text, and every attribute that could fetch something."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.fetched += [value for name, value in attrs if name in {"src", "href", "srcset", "data", "action"}]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def text_of(html: str) -> str:
+    return " ".join(" ".join(Page(html).text).split())
+
+
+@pytest.fixture
+def report() -> dict:
+    return {
+        "model": "llama-3.1-8b",
+        "fit": "resident",
+        "method": "lora",
+        "steps": 120,
+        "tokens": 1_234_567,
+        "seconds": 245.0,
+        "tokens_per_second": 5039.0,
+        "loss": {"first": 3.0, "last": 2.0, "eval_before": 2.5, "eval_after": 2.0},
+        "memory": {
+            "budget_bytes": 20 * 2**30,
+            "predicted_peak_bytes": 10 * 2**30,
+            "measured_peak_bytes": 9 * 2**30,
+            "peak_rss_bytes": 3 * 2**30,
+        },
+        "data": {"samples": 2000, "trained_share": 0.4321, "truncated": 3, "dropped": 1},
+        "stream": None,
+        "prune": None,
+        "adapter": "adapter",
+        "versions": {"torch": "2.13.0", "effitrain": "0.1.0"},
+        "warnings": [],
+    }
+
+
+@pytest.fixture
+def plan() -> dict:
+    return {
+        "ledger": [
+            {"what": "frozen weights", "where": "gpu", "bytes": 6 * 2**30, "formula": "n x 0.516 B"},
+            {"what": "adapter", "where": "gpu", "bytes": 4 * 2**30, "formula": "r x (in + out) x 4 B"},
+            {"what": "embedding", "where": "host", "bytes": 2**30, "formula": "vocab x hidden x 2 B"},
+        ],
+        "reasons": ["The model fits as it is."],
+        "settings": {"max_seq_len": 2048, "batch_size": 4, "dtype": "bf16", "lr": 2e-4},
+    }
+
+
+def metrics(count: int) -> list[dict]:
+    line = {"lr": 1e-4, "grad_norm": 0.5, "tokens": 2048, "tokens_per_second": 900.0, "device_peak_bytes": 2**30}
+    return [{"step": n + 1, "loss": 3.0, **line} for n in range(count)]
+
+
+def test_says_what_was_measured(report, plan):
+    text = text_of(render_report(report, plan, metrics(120), PNG))
+    for shown in (
+        *("llama-3.1-8b", "lora · resident", "Evaluation loss", "2.500 → 2.000", "-20.0%", "1,234,567", "4 min 05 s"),
+        *("10.0 GiB (50% of the budget)", "9.0 GiB (45% of the budget)", "Device budget 20.0 GiB", "3.0 GiB of host"),
+        *("frozen weights", "n x 0.516 B", "sum 10.0 GiB", "In host memory", "The model fits as it is."),
+        *("2,048", "0.0002", "43.2%", "torch", "2.13.0"),
+    ):
+        assert shown in text, shown
+    for absent in ("Warnings", "Streaming", "Pruning", "On disk"):
+        assert absent not in text, absent
+
+
+def test_needs_nothing_beside_itself(report, plan):
+    html = render_report(report, plan, metrics(3), PNG)
+    page = Page(html)
+    assert page.fetched == ["data:image/png;base64," + base64.b64encode(PNG).decode()]
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"https?://|url\(|@import", html)
+
+
+def test_steps_are_thinned_and_keep_both_ends(report, plan):
+    table = render_report(report, plan, metrics(1000), None).split("<details>")[1].split("</details>")[0]
+    rows = re.findall(r"<tbody>.*</tbody>", table)[0].count("<tr>")
+    assert rows == STEP_ROWS and "<td>1</td>" in table and "<td>1,000</td>" in table
+    assert "<img" not in render_report(report, plan, metrics(1), None)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_short_runs(report, plan, count):
+    report["loss"] = dict.fromkeys(report["loss"]) if count == 0 else {**report["loss"], "eval_before": None}
+    text = text_of(render_report(report, plan, metrics(count), None))
+    assert ("not measured" if count == 0 else "Training loss 3.000 → 2.000") in text
+
+
+def test_over_budget_and_warnings_show(report, plan):
+    report["memory"]["measured_peak_bytes"] = 25 * 2**30
+    report["warnings"] = ["Only 3 % of the tokens are trained."]
+    html = render_report(report, plan, [], None)
+    assert 'class="over" style="width:100.00%"' in html and 'style="left:80.00%"' in html
+    assert "Only 3 % of the tokens are trained." in text_of(html)
+
+
+def test_stream_and_prune_show_when_there(report, plan):
+    report["stream"] = {"streamed_layers": 60, "bytes_copied": 3 * 2**40, "copy_seconds": 12.5, "hidden_share": 0.98}
+    report["prune"] = {"ratio": 0.85, "parts": "ffn+kv"}
+    text = text_of(render_report(report, plan, [], None))
+    assert "streamed layers 60" in text and "3072 GiB" in text and "98.0%" in text and "ffn+kv" in text
+
+
+def test_what_the_user_typed_is_text(report, plan):
+    report["model"] = "<script>alert(1)</script>"
+    report["warnings"] = ["a & b <b>"]
+    plan["ledger"][0]["what"] = "<img src=x>"
+    plan["settings"] = {"<i>": '"</td>'}
+    page = Page(render_report(report, plan, metrics(2), None))
+    assert "script" not in page.tags and page.fetched == []
+    assert {"<script>alert(1)</script>", "a & b <b>", "<img src=x>", '"</td>'} <= set(page.text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (59.94, "59.9 s"),
+        (60, "1 min 00 s"),
+        (3599.4, "59 min 59 s"),
+        (3600, "1 h 00 min"),
+        (90_061, "25 h 01 min"),
+    ],
+)
+def test_format_seconds(seconds, text):
+    assert format_seconds(seconds) == text
