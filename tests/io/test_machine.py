@@ -81,8 +81,12 @@ def test_host_memory_keeps_to_the_limit_of_a_container(monkeypatch):
             self.path = path
 
         def read_text(self):
-            answers = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 4000 kB\n", "memory.max": "3000000\n"}
-            return answers.get(self.path.rpartition("/")[2], answers.get(self.path, "1000000\n"))
+            return {
+                "meminfo": "MemTotal: 9 kB\nMemAvailable: 4000 kB\n",
+                "memory.max": "3000000\n",
+                "memory.current": "1500000\n",
+                "memory.stat": "active_file 300000\ninactive_file 500000\n",
+            }[self.path.rpartition("/")[2]]
 
     monkeypatch.setattr(machine, "Path", Files)
     assert free_host_bytes() == 2_000_000
