@@ -31,41 +31,44 @@ def linear_cross_entropy(
     labels: Tensor,
     parameters: Sequence[Tensor] = (),
     chunk_bytes: int = CHUNK_BYTES,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Sum over the rows with a label of the cross-entropy of ``head(hidden)``, a float32 scalar.
 
     Args:
         hidden: final hidden states [T, H].
         head: maps [rows, H] to logits [rows, V].
-        labels: target ids [T]; -100 marks rows without a target. Best on the host: which rows count is asked first, and
-            asking a device waits for all that it has to do.
+        labels: target ids [T]; -100 marks rows without a target.
         parameters: the head's trainable tensors, which get gradients.
         chunk_bytes: upper bound of a chunk's float32 logits, in bytes.
+        rows: indices of the rows with a target, where the caller knows them: asking a device waits for all it has to do.
     """
     if not torch.is_grad_enabled():
         hidden, parameters = hidden.detach(), ()
-    return _LinearCrossEntropy.apply(hidden, head, labels, chunk_bytes, *parameters)
+    rows = (labels != IGNORED).nonzero().flatten() if rows is None else rows
+    return _LinearCrossEntropy.apply(hidden, head, labels, rows, chunk_bytes, *parameters)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int, *parameters: Tensor) -> Tensor:
-        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+    def forward(
+        ctx: Any, hidden: Tensor, head: Head, labels: Tensor, rows: Tensor, chunk_bytes: int, *parameters: Tensor
+    ) -> Tensor:
+        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
         sources = [hidden, *parameters]
         grads = [torch.zeros_like(s) if w else None for s, w in zip(sources, wanted, strict=True)]
         total = hidden.new_zeros((), dtype=torch.float32)
         chunk, step = 0, 16  # sixteen rows tell the width of the logits, hence how many rows a chunk may have
-        where = (labels != IGNORED).nonzero().flatten()
-        targets, kept = labels[where].to(hidden.device), where.to(hidden.device)
+        targets, kept = labels[rows].to(hidden.device), rows.to(hidden.device)
         while chunk < len(kept):
-            rows = kept[chunk : chunk + step]
+            part = kept[chunk : chunk + step]
             with torch.enable_grad():
-                h = hidden.detach()[rows].requires_grad_(wanted[0])
+                h = hidden.detach()[part].requires_grad_(wanted[0])
                 logits = head(h)
             loss, dlogits = _loss_and_gradient(logits.detach(), targets[chunk : chunk + step])
             total += loss
             if any(wanted):
-                _accumulate(grads, rows, logits, dlogits, [h, *parameters])
+                _accumulate(grads, part, logits, dlogits, [h, *parameters])
             chunk, step = chunk + step, max(16, chunk_bytes // (4 * logits.shape[-1]))
         ctx.save_for_backward(*grads)
         return total
@@ -73,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *parameters = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
-        return hidden, None, None, None, *parameters
+        return hidden, None, None, None, None, *parameters
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -200,7 +200,7 @@ def _effitrain(work: Path, steps: int, recompute: bool) -> dict:
     from effitrain.train.state import TrainState
 
     decoder, bundle, clock = _decoder(work), read_adapter(work / "start"), Clock()
-    decoder.recompute_layers = recompute
+    decoder.set_recompute("layer" if recompute else "none")
     load_into(attach(decoder, bundle.config, clock), bundle, "start")
     optimizer = make_optimizer("adamw", [p for p in decoder.parameters() if p.requires_grad], LR, 0.0)
     ids, labels = _samples(steps)
@@ -213,7 +213,7 @@ def _effitrain(work: Path, steps: int, recompute: bool) -> dict:
             target = shifted[rows].flatten()
             positions = torch.arange(LENGTH).repeat(BATCH)
             return MicroBatch(
-                ids[rows].flatten(), target, positions, (LENGTH,) * BATCH, int((target != -100).sum()), BATCH
+                ids[rows].flatten(), target, positions, (LENGTH,) * BATCH, (target != -100).nonzero().flatten(), BATCH
             )
 
     class Watch(Hook):

@@ -22,7 +22,7 @@ class MicroBatch:
             the last token of every segment.
         position_ids: int64 [N], from 0 in every segment.
         segments: length of each sample; samples must not see each other.
-        trained_tokens: labels that are not -100.
+        trained_rows: int64 [K], where ``labels`` is not -100.
         samples: how many samples there are.
     """
 
@@ -30,8 +30,13 @@ class MicroBatch:
     labels: Tensor
     position_ids: Tensor
     segments: tuple[int, ...]
-    trained_tokens: int
+    trained_rows: Tensor
     samples: int
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens are to be predicted."""
+        return len(self.trained_rows)
 
 
 class Batches:
@@ -80,7 +85,7 @@ class Batches:
             torch.from_numpy(labels.astype(np.int64)),
             torch.from_numpy(positions.astype(np.int64)),
             tuple(lengths.tolist()),
-            int(np.count_nonzero(labels != IGNORE)),
+            torch.from_numpy(np.flatnonzero(labels != IGNORE)),
             len(samples),
         )
 

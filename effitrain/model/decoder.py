@@ -16,6 +16,7 @@ from effitrain.kernels.swiglu import swiglu
 from effitrain.model import attention
 from effitrain.model.recompute import recompute
 from effitrain.quant.linear import FrozenLinear
+from effitrain.stream.offload import Offload
 
 
 class Embedding(nn.Module):
@@ -37,21 +38,38 @@ class Embedding(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """The SwiGLU block: ``down(silu(gate(x)) * up(x))``, keeping one wide tensor less for backward than stock code."""
+    """``down(act(gate(x)) * up(x))``; with SiLU it keeps one wide tensor less for backward than stock code.
 
-    def __init__(self, stock: nn.Module):
+    ``recomputed``: keep the input alone for backward.
+    """
+
+    def __init__(self, stock: nn.Module, act: str):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = stock.gate_proj, stock.up_proj, stock.down_proj
+        self.act_fn = None if act == "silu" else stock.act_fn
+        self.recomputed = False
+
+    @property
+    def last(self) -> FrozenLinear:
+        """The frozen linear whose output is the block's."""
+        return next(m for m in self.down_proj.modules() if isinstance(m, FrozenLinear))  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[operator]
+        if self.recomputed and torch.is_grad_enabled():
+            return recompute(self._compute, x, [p for p in self.parameters() if p.requires_grad], self.last)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
+        return self.down_proj(self.act_fn(gate) * up if self.act_fn else swiglu(gate, up))  # type: ignore[operator]
 
 
 class Decoder(nn.Module):
     """transformers' decoder with its modules replaced in place, so that every module keeps its published path.
 
     ``model`` is transformers' decoder (``model.layers``, ``model.norm``, ``model.rotary_emb``); ``lm_head`` is ours.
+    ``recompute_layers``: keep only the input of each layer for backward, in ``offload`` if there is one.
     """
 
     def __init__(self, model: nn.Module, spec: ModelSpec, config: Any):
@@ -59,6 +77,7 @@ class Decoder(nn.Module):
         self.model, self.spec, self.config = model, spec, config
         self.lm_head: nn.Module = FrozenLinear(spec.head)
         self.recompute_layers = False
+        self.offload: Offload | None = None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -90,6 +109,8 @@ class Decoder(nn.Module):
         if flat:
             input_ids, position_ids = input_ids[None], position_ids[None]
         x = self.model.embed_tokens(input_ids)  # type: ignore[operator]
+        if self.offload:
+            self.offload.reset()
         rope = self.model.rotary_emb(x, position_ids.to(x.device))  # type: ignore[operator]
         for layer in self.layers:
             x = self._run(layer, x, {"position_embeddings": rope, "past_key_values": cache, "segments": segments})
@@ -104,8 +125,16 @@ class Decoder(nn.Module):
         if not (self.recompute_layers and torch.is_grad_enabled()):
             return layer(x, attention_mask=None, **kwargs)
         parameters = [p for p in layer.parameters() if p.requires_grad]
-        last = next(m for m in layer.mlp.down_proj.modules() if isinstance(m, FrozenLinear))  # type: ignore[union-attr]
-        return recompute(lambda h: layer(h, attention_mask=None, **kwargs), x, parameters, last)
+        last: FrozenLinear = layer.mlp.last  # type: ignore[union-attr, assignment]
+        return recompute(lambda h: layer(h, attention_mask=None, **kwargs), x, parameters, last, self.offload)
+
+    def set_recompute(self, what: str) -> None:
+        """Keep for the backward pass all activations (``none``), those outside the MLPs (``mlp``), or the layers'
+        inputs alone (``layer``), and compute the rest again.
+        """
+        self.recompute_layers = what == "layer"
+        for layer in self.layers:
+            layer.mlp.recomputed = what == "mlp"  # type: ignore[union-attr]
 
 
 def build(spec: ModelSpec, config: Mapping[str, Any], name: str) -> Decoder:
@@ -131,8 +160,7 @@ def build(spec: ModelSpec, config: Mapping[str, Any], name: str) -> Decoder:
     for layer, layer_spec in zip(decoder.layers, spec.layers, strict=True):
         for linear in layer_spec.linears:
             _replace(layer, linear)
-        if hf_config.hidden_act == "silu":
-            layer.mlp = GatedMLP(layer.mlp)  # type: ignore[arg-type]
+        layer.mlp = GatedMLP(layer.mlp, hf_config.hidden_act)  # type: ignore[arg-type]
     decoder.requires_grad_(False)
     return decoder.train()
 

@@ -1,4 +1,4 @@
-"""Recompute a decoder layer in the backward pass from its input alone."""
+"""Recompute a block of a decoder layer in the backward pass from its input alone, kept on the device or on the host."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,36 +7,44 @@ import torch
 from torch import Tensor
 
 from effitrain.quant.linear import FrozenLinear
+from effitrain.stream.offload import Offload
 
-Layer = Callable[[Tensor], Tensor]
+Block = Callable[[Tensor], Tensor]
 
 
-def recompute(layer: Layer, x: Tensor, parameters: Sequence[Tensor], last: FrozenLinear) -> Tensor:
-    """``layer(x)``, keeping only ``x`` for backward.
+def recompute(
+    block: Block, x: Tensor, parameters: Sequence[Tensor], last: FrozenLinear, offload: Offload | None = None
+) -> Tensor:
+    """``block(x)``, keeping only ``x`` for backward.
 
     Args:
-        layer: a deterministic function of its input [B, T, H] and of ``parameters``, which ends in ``h + last(...)``.
-        x: the layer's input.
-        parameters: the trainable tensors that ``layer`` reads; they get gradients.
-        last: the frozen linear whose output only enters the layer's own. The second pass needs no value of it, which
+        block: a deterministic function of its input [B, T, H] and of ``parameters``, which ends in ``h + last(...)``.
+        x: the block's input.
+        parameters: the trainable tensors that ``block`` reads; they get gradients.
+        last: the frozen linear whose output only enters the block's own. The second pass needs no value of it, which
             saves a quarter of that pass's work: ``down_proj`` holds 27 % of the weights of a Llama layer.
+        offload: keeps ``x`` in host memory; None keeps it where it is.
     """
-    return _Recompute.apply(layer, last, x, *parameters)
+    return _Recompute.apply(block, last, offload, x, *parameters)
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layer: Layer, last: FrozenLinear, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.layer, ctx.last = layer, last
-        ctx.save_for_backward(x, *parameters)
-        return layer(x)
+    def forward(
+        ctx: Any, block: Block, last: FrozenLinear, offload: Offload | None, x: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.block, ctx.last, ctx.offload = block, last, offload
+        ctx.ticket = offload.put(x) if offload else None
+        ctx.save_for_backward(*parameters, *(() if offload else (x,)))
+        return block(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        x = x.detach().requires_grad_(ctx.needs_input_grad[2])
+        wanted = ctx.needs_input_grad[3]
+        parameters = ctx.saved_tensors[: len(ctx.needs_input_grad) - 4]
+        x = ctx.offload.take(ctx.ticket) if ctx.offload else ctx.saved_tensors[-1]
+        x = x.detach().requires_grad_(wanted)
         with torch.enable_grad(), ctx.last.value_unused():
-            y = ctx.layer(x)
-        inputs = [x, *parameters] if x.requires_grad else parameters
-        grads = torch.autograd.grad(y, inputs, grad)
-        return (None, None, *grads) if x.requires_grad else (None, None, None, *grads)
+            y = ctx.block(x)
+        grads = torch.autograd.grad(y, [x, *parameters] if wanted else parameters, grad)
+        return (None, None, None, *grads) if wanted else (None, None, None, None, *grads)

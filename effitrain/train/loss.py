@@ -15,4 +15,4 @@ def loss_sum(decoder: Decoder, batch: MicroBatch) -> Tensor:
     hidden = decoder(batch.input_ids, batch.position_ids, batch.segments)
     head = decoder.lm_head
     trainable = [p for p in head.parameters() if p.requires_grad]
-    return linear_cross_entropy(hidden, head, batch.labels, trainable)
+    return linear_cross_entropy(hidden, head, batch.labels, trainable, rows=batch.trained_rows)

@@ -153,8 +153,7 @@ def test_autograd_keeps_what_the_model_says(family: str, dtype: str) -> None:
     spec = spec_from_config(config, family)
     model = AutoModel.from_config(AutoConfig.for_model(**config, attn_implementation="sdpa")).to(getattr(torch, dtype))
     model.requires_grad_(False)
-    if family != "gemma":
-        model.layers[0].mlp = GatedMLP(model.layers[0].mlp)
+    model.layers[0].mlp = GatedMLP(model.layers[0].mlp, model.config.hidden_act)
     tokens = 96
     hidden = torch.randn(1, tokens, spec.hidden, dtype=getattr(torch, dtype), requires_grad=True)
     tables = model.rotary_emb(hidden, torch.arange(tokens)[None])

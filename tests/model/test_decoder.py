@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from effitrain.model.load import fill, find_base, load_model
 from effitrain.planning import recipe
+from effitrain.stream.offload import Offload
 
 CPU = torch.device("cpu")
 
@@ -111,12 +112,15 @@ def test_recomputed_layers_give_the_same_gradients(tiny_model):
     for parameter in (norm := ours.layers[0].input_layernorm, ours.layers[1].post_attention_layernorm):
         parameter.requires_grad_(True)
     losses, grads = [], []
-    for ours.recompute_layers in (False, True):
+    offload = Offload(len(ours.layers), len(ids), ours.spec.hidden, torch.float32, CPU)
+    for what, ours.offload in (("none", None), ("mlp", None), ("layer", None), ("layer", offload)):
+        ours.set_recompute(what)
         loss = ours(ids, positions, [9, 14]).square().sum()
         losses.append(loss)
         grads.append(torch.autograd.grad(loss, [p for p in ours.parameters() if p.requires_grad]))
-    assert norm.weight.requires_grad and torch.equal(*losses)
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert norm.weight.requires_grad and all(torch.equal(loss, losses[0]) for loss in losses)
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
 
 
 def test_a_wrong_shape_and_nan_are_refused(tiny_model):

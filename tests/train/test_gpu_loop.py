@@ -76,17 +76,21 @@ def test_recomputation_repeats_dropout(tiny_model, quant, dtype, tolerance):
     """Another mask in the second forward pass would give other gradients; backward kernels may sum in any order."""
     batch = Batches(_tokens(6), 6, 64, False, 0).get(0)
     losses, grads = [], []
-    for recompute in (False, True):
+    for recompute in ("none", "mlp", "layer", "offload"):
         decoder, clock, trainable = _model(tiny_model("llama"), CUDA, dtype, quant, dropout=0.3)
-        decoder.recompute_layers = recompute
+        decoder.set_recompute("layer" if recompute == "offload" else recompute)
+        if recompute == "offload":
+            decoder.offload = Offload(
+                len(decoder.layers), len(batch.input_ids), decoder.spec.hidden, DTYPES[dtype], CUDA
+            )
         with torch.no_grad():
             for parameter in trainable.values():
                 parameter += 0.02
         clock.step = 5
         losses.append(accumulate(decoder, [batch], clock, list(trainable.values())))
         grads.append([p.grad for p in trainable.values()])
-    assert losses[0] == losses[1]
-    for plain, recomputed in zip(*grads, strict=True):
+    assert len(set(losses)) == 1
+    for plain, recomputed in ((a, b) for other in grads[1:] for a, b in zip(grads[0], other, strict=True)):
         assert plain.any() and (plain - recomputed).abs().max() <= tolerance * plain.abs().max()
 
 
