@@ -1,8 +1,8 @@
 """The shape of a model, read from its config.json alone: every linear with the axes its rows and columns lie on."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -49,6 +49,14 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class Widths:
+    """What structured pruning changes of a layer: its FFN channels and its KV heads, each with its query heads."""
+
+    ffn: int
+    kv_heads: int
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One decoder layer; ``other_params`` counts what is in no linear: the norms."""
 
@@ -65,6 +73,18 @@ class LayerSpec:
     def params(self) -> int:
         """Elements of matrices, biases and norms."""
         return sum(linear.params for linear in self.linears) + self.other_params
+
+    def resized(self, sizes: Mapping[Axis, int]) -> "LayerSpec":
+        """The layer with the sides on the axes of ``sizes`` that long."""
+        linears = [
+            replace(
+                linear,
+                out_features=sizes.get(linear.out_axis, linear.out_features),
+                in_features=sizes.get(linear.in_axis, linear.in_features),
+            )
+            for linear in self.linears
+        ]
+        return replace(self, linears=tuple(linears))
 
 
 @dataclass(frozen=True)
@@ -120,6 +140,27 @@ class ModelSpec:
         """Every parameter of the model, tied ones once."""
         head = 0 if self.tied else self.head.params
         return self.embedding_params + sum(count * layer.params for layer, count in self.shapes) + self.hidden + head
+
+    @property
+    def widths(self) -> tuple[Widths, ...]:
+        """What each layer really has."""
+        rows = [{linear.out_axis: linear.out_features for linear in layer.linears} for layer in self.layers]
+        return tuple(Widths(sides[Axis.FFN], sides[Axis.KV_HEADS] // self.head_dim) for sides in rows)
+
+    def resized(self, widths: Sequence[Widths]) -> "ModelSpec":
+        """The model with layers of these widths, each KV head with its share of the query heads."""
+        group = self.num_heads // self.num_kv_heads * self.head_dim
+        layers = [
+            layer.resized(
+                {
+                    Axis.FFN: width.ffn,
+                    Axis.KV_HEADS: width.kv_heads * self.head_dim,
+                    Axis.HEADS: width.kv_heads * group,
+                }
+            )
+            for layer, width in zip(self.layers, widths, strict=True)
+        ]
+        return replace(self, layers=tuple(layers))
 
 
 @dataclass(frozen=True)

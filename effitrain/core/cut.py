@@ -1,0 +1,91 @@
+"""How wide each layer of a pruned model is, from configuration and ratio alone (LoRAM, Zhang et al. 2025).
+
+The ratio is meant for each pruned part of the layers that are not exempt; hidden size, embedding, head and norms stay.
+"""
+
+import math
+from fractions import Fraction
+
+from effitrain.core.errors import InputError
+from effitrain.core.spec import ModelSpec, Widths
+
+PARTS = ("ffn+kv", "ffn", "kv")
+# LoRAM leaves the first 4 and last 2 of 80 layers whole; other depths in proportion.
+_EXEMPT_FIRST, _EXEMPT_LAST = Fraction(4, 80), Fraction(2, 80)
+# Tensor cores and NF4 want rows in multiples of 64 and more; 256 changes a 70B model's size by less than 2 %.
+_MULTIPLE, _LEAST_STEPS = 256, 8
+
+
+def cut_spec(
+    spec: ModelSpec,
+    ratio: float,
+    parts: str = "ffn+kv",
+    exempt: tuple[int, int] | None = None,
+    multiple: int | None = None,
+) -> ModelSpec:
+    """The shape of ``spec`` after pruning.
+
+    Args:
+        spec: of the full-size model.
+        ratio: share of each part that goes, from 0 to below 1.
+        parts: what is pruned, of ``PARTS``.
+        exempt: first and last layers left whole; ``default_exempt``.
+        multiple: kept FFN channels are rounded to it, 1 for none; ``default_multiple``.
+
+    Raises:
+        InputError: the ratio is out of range, or every layer is exempt.
+    """
+    return spec.resized(cut_widths(spec, ratio, parts, exempt, multiple))
+
+
+def cut_widths(
+    spec: ModelSpec,
+    ratio: float,
+    parts: str = "ffn+kv",
+    exempt: tuple[int, int] | None = None,
+    multiple: int | None = None,
+) -> tuple[Widths, ...]:
+    """The widths of each layer after pruning; see ``cut_spec``."""
+    if not 0 <= ratio < 1:
+        raise InputError(
+            f"--prune-ratio {ratio:g} is not a share from 0 to below 1.",
+            next_step="0.85 removes 85 % of the pruned parts.",
+        )
+    first, last = default_exempt(spec.num_layers) if exempt is None else exempt
+    if ratio and first + last >= spec.num_layers:
+        raise InputError(
+            f"--prune-exempt {first},{last} leaves none of the {spec.num_layers} layers of {spec.name} to prune.",
+            next_step="Name fewer, such as --prune-exempt 0,0.",
+        )
+    removed = Fraction(repr(float(ratio)))  # as written: 0.07 of 100 channels is 7 of them, not 7.000000000000001
+    pruned = range(first, spec.num_layers - last)
+    return tuple(
+        Widths(
+            _kept_ffn(whole.ffn, removed, multiple) if index in pruned and "ffn" in parts else whole.ffn,
+            _kept_kv_heads(spec, whole.kv_heads, removed) if index in pruned and "kv" in parts else whole.kv_heads,
+        )
+        for index, whole in enumerate(spec.widths)
+    )
+
+
+def default_exempt(layers: int) -> tuple[int, int]:
+    """First and last layers left whole: 4 and 2 of 80, in proportion, at least one each."""
+    return max(1, round(layers * _EXEMPT_FIRST)), max(1, round(layers * _EXEMPT_LAST))
+
+
+def default_multiple(ffn: int) -> int:
+    """What kept FFN channels are a multiple of: 256, a smaller power of two where that would be more than an eighth."""
+    return min(_MULTIPLE, 1 << max(0, (ffn // _LEAST_STEPS).bit_length() - 1))
+
+
+def _kept_ffn(ffn: int, removed: Fraction, multiple: int | None) -> int:
+    kept = ffn - math.ceil(ffn * removed)
+    step = default_multiple(ffn) if multiple is None else multiple
+    return min(ffn, max(1, round(Fraction(kept, step))) * step) if removed else ffn
+
+
+def _kept_kv_heads(spec: ModelSpec, heads: int, removed: Fraction) -> int:
+    """At least one. LoRAM rounds towards keeping where heads are grouped and towards removing where they are not."""
+    grouped = spec.num_kv_heads < spec.num_heads
+    kept = heads - math.floor(heads * removed) if grouped else math.floor(heads * (1 - removed))
+    return max(1, kept)

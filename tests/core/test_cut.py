@@ -1,0 +1,75 @@
+"""Sizes of pruned models from configuration alone, against published figures."""
+
+import pytest
+
+from effitrain.core.cut import cut_spec, cut_widths, default_exempt, default_multiple
+from effitrain.core.errors import InputError
+from effitrain.core.presets import find_preset
+from effitrain.core.spec import Widths, spec_from_config
+
+
+def preset(name):
+    return spec_from_config(find_preset(name).config, name)
+
+
+def small(**sizes):
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 6,
+              "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 261, "max_position_embeddings": 512,
+              "head_dim": 8}  # fmt: skip
+    return spec_from_config({**config, **sizes}, "mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "params"),
+    [  # LoRAM, tables of parameter reduction: five rows at 70B and the one at 13B; the other two follow from them
+        ("llama-2-70b", 0.65, 28_099_436_544),
+        ("llama-2-70b", 0.75, 21_488_738_304),
+        ("llama-2-70b", 0.85, 16_272_924_672),
+        ("llama-2-70b", 0.95, 9_662_226_432),
+        ("llama-3.1-70b", 0.85, 17_849_982_976),
+        ("llama-2-13b", 0.65, 6_005_662_720),
+    ],
+)
+def test_published_parameter_counts_to_the_digit(name, ratio, params):
+    assert cut_spec(preset(name), ratio, "ffn+kv", (4, 2), multiple=1).params == params
+
+
+def test_widths_are_rounded_to_the_multiple():
+    kept = [cut_widths(preset("llama-2-70b"), ratio)[40] for ratio in (0.65, 0.75, 0.85, 0.95)]
+    assert kept == [Widths(9984, 3), Widths(7168, 2), Widths(4352, 2), Widths(1536, 1)]
+
+
+def test_exempt_layers_and_parts():
+    widths = cut_widths(small(), 0.5, "ffn", (2, 1))
+    assert widths == (Widths(112, 2),) * 2 + (Widths(56, 2),) * 3 + (Widths(112, 2),)
+    assert cut_widths(small(), 0.5, "kv", (0, 0)) == (Widths(112, 1),) * 6
+    assert cut_widths(small(), 0.5)[1:5] == (Widths(56, 1),) * 4
+
+
+def test_defaults_in_proportion():
+    assert [default_exempt(layers) for layers in (80, 40, 32, 6, 126)] == [(4, 2), (2, 1), (2, 1), (1, 1), (6, 3)]
+    assert [default_multiple(ffn) for ffn in (28672, 11008, 2048, 512, 112, 3)] == [256, 256, 256, 64, 8, 1]
+
+
+def test_ratio_zero_changes_nothing_even_where_sizes_are_no_multiple():
+    assert cut_spec(small(intermediate_size=113), 0.0, exempt=(6, 6)) == small(intermediate_size=113)
+
+
+def test_something_always_stays():
+    assert cut_widths(small(), 0.999, exempt=(0, 0))[0] == Widths(8, 1)
+    assert cut_widths(small(num_key_value_heads=8), 0.999, exempt=(0, 0), multiple=1)[0] == Widths(1, 1)
+
+
+def test_ratios_are_exact_decimals():
+    assert cut_widths(small(intermediate_size=100), 0.07, exempt=(0, 0), multiple=1)[0].ffn == 93
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1, 1.2, float("nan")])
+def test_ratios_out_of_range(ratio):
+    with pytest.raises(InputError, match="from 0 to below 1"):
+        cut_spec(small(), ratio)
+
+
+def test_all_layers_exempt():
+    with pytest.raises(InputError, match="none of the 6 layers"):
+        cut_spec(small(), 0.5, exempt=(4, 2))
