@@ -41,7 +41,7 @@ def linear_cross_entropy(
         labels: target ids [T]; -100 marks rows without a target.
         parameters: the head's trainable tensors, which get gradients.
         chunk_bytes: upper bound of a chunk's float32 logits, in bytes.
-        rows: indices of the rows with a target, where the caller knows them: asking a device waits for all it has to do.
+        rows: indices of the rows with a target, where the caller knows them: to ask a device is to wait for it.
     """
     if not torch.is_grad_enabled():
         hidden, parameters = hidden.detach(), ()
@@ -70,6 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if any(wanted):
                 _accumulate(grads, part, logits, dlogits, [h, *parameters])
             chunk, step = chunk + step, max(16, chunk_bytes // (4 * logits.shape[-1]))
+            del h, logits, dlogits  # or they live while the next chunk's are made
         ctx.save_for_backward(*grads)
         return total
 
@@ -80,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of losses and d(loss)/d(logits) in the logits' dtype; works in place on ``logits`` when they are float32."""
+    """Sum of losses and d(loss)/d(logits), which takes the place of ``logits``."""
     z = logits.float()
     z -= z.amax(-1, keepdim=True)
     picked = z.gather(-1, labels[:, None])
@@ -89,7 +90,7 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     loss = (norm.log() - picked).sum()
     z /= norm
     z.scatter_add_(-1, labels[:, None], z.new_full((len(labels), 1), -1.0))
-    return loss, z.to(logits.dtype)
+    return loss, logits.copy_(z)
 
 
 def _accumulate(

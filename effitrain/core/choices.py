@@ -87,7 +87,8 @@ def _candidates(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> Iterat
                 grad_accum=recipe.grad_accum or max(1, round(SAMPLES_PER_STEP / batch_size)),
                 dtype=dtype,
                 recompute=recompute,
-                optimizer=recipe.optimizer,
+                offload=recipe.offload_activations == "on",
+                optimizer=recipe.optimizer or "adamw",
                 lr=recipe.lr or ADAPTER_LR,
             )
 

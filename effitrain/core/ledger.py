@@ -20,13 +20,17 @@ class LedgerLine:
 
 @dataclass(frozen=True)
 class Settings:
-    """The training settings a plan decides on; lengths in tokens, ``batch_size`` in samples a micro-batch."""
+    """The training settings a plan decides on; lengths in tokens, ``batch_size`` in samples a micro-batch.
+
+    ``recompute``: what is computed again in the backward pass; ``offload``: layer inputs wait for it on the host.
+    """
 
     max_seq_len: int
     batch_size: int
     grad_accum: int
     dtype: Literal["bf16", "fp16", "fp32"]
-    recompute: Literal["none", "layer"]
+    recompute: Literal["none", "mlp", "layer"]
+    offload: bool
     optimizer: str
     lr: float
 

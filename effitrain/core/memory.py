@@ -63,25 +63,35 @@ def optimizer_bytes(size: int, optimizer: str) -> int:
     return 2 * size + 2 * 4 * _ceil(size, STATE_BLOCK)
 
 
-def saved_bytes(layer: LayerSpec, spec: ModelSpec, recipe: Recipe, c: int) -> int:
-    """Bytes a token that one layer's forward pass keeps for its backward pass, the layer's input in fp32 included.
+def saved_bytes(layer: LayerSpec, spec: ModelSpec, recipe: Recipe, c: int) -> tuple[int, int]:
+    """Bytes a token that one layer's forward pass keeps for its backward pass: outside the MLP, and in it.
 
-    Counts the storages that autograd holds for transformers' layers around our own linears: both norms keep their
-    input in fp32 and a reciprocal root; adapters their input (one for q, k, v and one for gate, up) and ``x A^T``;
-    attention q, k, v, its output and the logsumexp; the MLP gate, up and, for down's adapter, the product. Gemma's
-    GeGLU is left to autograd, which keeps gelu(gate) as well.
+    Counts the storages that autograd holds for transformers' layers around our own linears. Outside: both norms keep
+    their input in fp32 and a reciprocal root; attention q, k, v, its output and the logsumexp. In the MLP: gate, up
+    and, for down's adapter, the product; Gemma's GeGLU is left to autograd, which keeps gelu(gate) as well. Adapters
+    keep their input, one for q, k, v and one for gate and up, and ``x A^T``.
     """
     rows = {linear.leaf: linear.out_features for linear in layer.linears}
     on = {linear.leaf for linear in layer.linears if adapted(linear, recipe)}
     queries, keys = rows["q_proj"], rows["k_proj"]
-    inputs = bool(on & {"q_proj", "k_proj", "v_proj"}) + bool(on & {"gate_proj", "up_proj"})
-    norms = 2 * (4 * spec.hidden + 4) + inputs * spec.hidden * c
+    norms = 2 * (4 * spec.hidden + 4)
     qk_norms = 4 * (queries + keys + (queries + keys) // spec.head_dim) if spec.qk_norm else 0
     attention = 2 * (queries + keys) * c + 4 * (queries // spec.head_dim)
-    mlp = (2 + (spec.family == "gemma") + ("down_proj" in on)) * rows["gate_proj"] * c
-    kept = norms + qk_norms + attention + mlp + len(on) * recipe.lora_r * c
+    wide = 2 + (spec.family == "gemma") + ("down_proj" in on)
+    return (
+        norms + qk_norms + attention + _adapters_keep(layer, on, ("q_proj", "k_proj", "v_proj"), "o_proj", recipe, c),
+        wide * rows["gate_proj"] * c + _adapters_keep(layer, on, ("gate_proj", "up_proj"), "down_proj", recipe, c),
+    )
+
+
+def _adapters_keep(
+    layer: LayerSpec, on: set[str], entering: tuple[str, ...], leaving: str, recipe: Recipe, c: int
+) -> int:
+    """Bytes a token that the adapters of one block keep; the input of the leaving one is counted with the block."""
+    mine = [linear for linear in layer.linears if linear.leaf in on and linear.leaf in (*entering, leaving)]
+    kept = len(mine) * recipe.lora_r * c + bool(on & set(entering)) * layer.linears[0].in_features * c
     if recipe.lora_dropout:  # every adapter then has an input of its own and a mask
-        kept += sum((c + 1) * linear.in_features for linear in layer.linears if linear.leaf in on)
+        kept += sum((c + 1) * linear.in_features for linear in mine)
     return kept
 
 
@@ -143,18 +153,37 @@ def _adapters(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[Ledg
 
 def _activations(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
     """The batch, and what the layers' forward passes leave for the backward pass."""
-    tokens, c = settings.tokens, settings.width
+    tokens, c, h = settings.tokens, settings.width, spec.hidden
     batch = _gpu(
         "batch",
         tokens * (3 * 8 + 2 * spec.head_dim * c),
         f"T {tokens} x (3 x 8 B + rotary 2 x {spec.head_dim} x {c} B)",
     )
+    if settings.offload:
+        return batch, _gpu("layer inputs in use", 2 * tokens * h * c, f"2 buffers x T {tokens} x h {h} x {c} B")
     if settings.recompute == "layer":
-        formula = f"L {spec.num_layers} x T {tokens} x h {spec.hidden} x {c} B"
-        return batch, _gpu("layer inputs", spec.num_layers * tokens * spec.hidden * c, formula)
-    per_token = sum(count * saved_bytes(layer, spec, recipe, c) for layer, count in spec.shapes)
+        formula = f"L {spec.num_layers} x T {tokens} x h {h} x {c} B"
+        return batch, _gpu("layer inputs", spec.num_layers * tokens * h * c, formula)
+    kept = [(saved_bytes(layer, spec, recipe, c), count) for layer, count in spec.shapes]
+    in_mlps = settings.recompute == "none"
+    per_token = sum(count * (outside + (inside if in_mlps else h * c)) for (outside, inside), count in kept)
     formula = f"T {tokens} x {per_token:,} B in {spec.num_layers} layers"
-    return batch, _gpu("layer activations", tokens * per_token, formula)
+    casts = sum(count * _casts(layer, recipe, c, in_mlps) for layer, count in spec.shapes)
+    return (
+        batch,
+        _gpu("layer activations", tokens * per_token, formula),
+        _gpu("adapter weights in use", casts, f"those of {spec.num_layers} layers in {c} B each"),
+    )
+
+
+def _casts(layer: LayerSpec, recipe: Recipe, c: int, with_mlp: bool = True) -> int:
+    """Bytes of a layer's adapter weights in the compute dtype, which backward keeps where that is not fp32."""
+    linears = [linear for linear in layer.linears if adapted(linear, recipe) and (with_mlp or _outside(linear))]
+    return sum(recipe.lora_r * (n.in_features + n.out_features) * c for n in linears) if c < 4 else 0
+
+
+def _outside(linear: LinearSpec) -> bool:
+    return not linear.name.startswith("mlp.")
 
 
 def _loss(spec: ModelSpec, settings: Settings) -> tuple[LedgerLine, ...]:
@@ -162,10 +191,13 @@ def _loss(spec: ModelSpec, settings: Settings) -> tuple[LedgerLine, ...]:
     tokens, c, h = settings.tokens, settings.width, spec.hidden
     rows = min(tokens, max(LOSS_MIN_ROWS, LOSS_CHUNK_BYTES // (4 * spec.vocab)))
     per_logit = 4 + (c if c < 4 else 0)
-    states = f"T {tokens} x h {h} x (4 B norm input + 3 x {c} B: output, trained rows, gradient)"
+    chunk = rows * (spec.vocab * per_logit + 2 * h * c)
+    leaving = settings.offload  # the last layer's input, on its way to the host
+    held = 2 + leaving
+    states = f"T {tokens} x h {h} x (4 B norm input + {held} x {c} B: output, gradient{', leaving' * leaving})"
     return (
-        _gpu("loss chunk", rows * spec.vocab * per_logit, f"{rows} rows x V {spec.vocab} x {per_logit} B"),
-        _gpu("final hidden states and gradient", tokens * h * (4 + 3 * c), states),
+        _gpu("loss chunk", chunk, f"{rows} rows x (V {spec.vocab} x {per_logit} B + h {h} x 2 x {c} B)"),
+        _gpu("final hidden states and gradient", tokens * h * (4 + held * c), states),
     )
 
 
@@ -177,20 +209,29 @@ def _norm_backward(spec: ModelSpec, settings: Settings) -> LedgerLine:
 
 
 def _layer_backward(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
-    """The live layer: recomputed activations, gradients at the widest point of the MLP, one dequantised weight."""
+    """The live layer: what is computed again, and the widest moment of the MLP's backward pass."""
+    layer = max((layer for layer, _ in spec.shapes), key=lambda layer: layer.weights)
     tokens, c, h = settings.tokens, settings.width, spec.hidden
-    ffn = max(linear.out_features for linear, _ in _linears(spec) if linear.leaf == "gate_proj")
-    widest = f"T {tokens} x 2 x (h {h} + FFN {ffn}) x {c} B"
-    lines = [_gpu("layer gradients", tokens * 2 * (h + ffn) * c, widest)]
-    if settings.recompute == "layer":
-        # In fp32 the first norm keeps the layer input itself, which is counted with the layer inputs.
-        counted = 4 * h if c == 4 else 0
-        per_token = max(saved_bytes(layer, spec, recipe, c) for layer, _ in spec.shapes) - counted
-        lines.append(_gpu("live layer", tokens * per_token, f"T {tokens} x {per_token:,} B"))
-    if recipe.quant == "nf4":
-        weights = max(linear.weights for linear, _ in _linears(spec))
-        size = weights * c + 4 * _ceil(weights, BLOCK)
-        lines.append(_gpu("dequantised weight", size, f"largest: {weights:,} x ({c} + 4/{BLOCK}) B"))
+    rows = {linear.leaf: linear.out_features for linear in layer.linears}
+    ffn, down = rows["gate_proj"], next(linear for linear in layer.linears if linear.leaf == "down_proj")
+    outside, inside = saved_bytes(layer, spec, recipe, c)
+    again = {"none": 0, "mlp": inside - h * c, "layer": outside + inside}[settings.recompute]
+    if settings.recompute == "layer" and c == 4:
+        again -= 4 * h  # the first norm keeps the layer input itself, which is counted with the layer inputs
+    lines = [_gpu("layer computed again", tokens * again, f"T {tokens} x {again:,} B")]
+    if settings.recompute != "none":
+        lines.append(_gpu("its adapter weights", _casts(layer, recipe, c), f"in {c} B each"))
+    # down's adapter gives its share of the input's gradient first, and then has no use for its own input.
+    on_down = adapted(down, recipe)
+    weight = down.weights * c + 4 * _ceil(down.weights, BLOCK) if recipe.quant == "nf4" else 0
+    at_down, at_gate = (1 + on_down) * tokens * ffn * c + weight, 3 * tokens * ffn * c
+    edges = 1 + (settings.recompute != "none")
+    wide = f"T {tokens} x ({edges} x h {h} + {3 - on_down if at_gate > at_down else 1} x FFN {ffn}) x {c} B"
+    size = tokens * (edges * h - on_down * ffn) * c + (at_gate if at_gate > at_down else at_down - weight)
+    lines.append(_gpu("layer gradients", size, wide))
+    if weight and at_gate <= at_down:
+        formula = f"down_proj: {down.weights:,} x ({c} + 4/{BLOCK}) B"
+        lines.append(_gpu("dequantised weight", weight, formula))
     return tuple(lines)
 
 

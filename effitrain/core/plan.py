@@ -114,7 +114,9 @@ def make_plan(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> Plan:
 
 def resolve(recipe: Recipe, plan: Plan) -> Recipe:
     """The recipe with every training field that was left to the plan filled in."""
-    return recipe.changed(**dataclasses.asdict(plan.settings))
+    settings = dataclasses.asdict(plan.settings)
+    offload = "on" if settings.pop("offload") else "off"
+    return recipe.changed(**settings, offload_activations=offload)
 
 
 def refusal(plan: Plan) -> BudgetError:

@@ -17,7 +17,6 @@ LATER = {
     "resident_layers": "layer streaming",
     "stream_order": "layer streaming",
     "prefer": "the choice between streaming and pruning",
-    "offload_activations": "activation offload",
     "prove": "the symbolic proof of the plan",
     "mlp_tiles": "tiled MLPs for long context",
     "prune_ratio": "pruning",
@@ -135,8 +134,11 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = _flag(
         "auto", "Compute dtype; bf16 on CUDA, fp32 on CPU", group="memory"
     )
-    recompute: Literal["auto", "none", "layer"] = _flag(
-        "auto", "Recompute each layer in the backward pass", group="memory"
+    recompute: Literal["auto", "none", "mlp", "layer"] = _flag(
+        "auto", "What the backward pass computes again", group="memory"
+    )
+    offload_activations: Literal["auto", "on", "off"] = _flag(
+        "auto", "Layer inputs wait for the backward pass in host memory", group="memory"
     )
 
     max_seq_len: Annotated[int | None, Auto] = _flag(
@@ -156,7 +158,9 @@ class Recipe(BaseModel):
     seed: int = _flag(42, "Seed of every random choice", group="training", ge=0, lt=2**63)
     weight_decay: float = _flag(0.0, "AdamW weight decay", group="training", ge=0)
     max_grad_norm: float = _flag(1.0, "Gradient clipping; 0 turns it off", group="training", ge=0)
-    optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit"] = _flag("adamw", "Optimizer", group="training")
+    optimizer: Annotated[Literal["adamw", "adamw8bit", "paged-adamw8bit"] | None, Auto] = _flag(
+        None, "Optimizer; adamw, or adamw8bit where only that fits", group="training"
+    )
 
     method: str = _flag("lora", "Adapter kind", group="adapter")
     lora_r: int = _flag(16, "Rank", group="adapter", ge=1)

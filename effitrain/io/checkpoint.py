@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,10 @@ class Checkpoint:
         folder: the model folder.
         tensors: place of every stored tensor, the parts of quantised weights too.
         tied: whether head and embedding are one.
+        trusted: files may hold NaN.
     """
+
+    trusted: ClassVar = False
 
     folder: Path
     tensors: Mapping[str, StoredTensor]

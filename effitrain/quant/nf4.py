@@ -41,6 +41,12 @@ def dequantize(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
+def warm_up(device: torch.device) -> None:
+    """Load what is loaded once a process, real tensors among it, before steps are run on shapes alone."""
+    _bitsandbytes()
+    _code_on(device)
+
+
 @cache
 def _code_on(device: torch.device) -> Tensor:
     return dynamic_code().to(device)

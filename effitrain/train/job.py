@@ -17,7 +17,8 @@ from effitrain.core.recipe import Recipe
 from effitrain.data.batches import Batches
 from effitrain.data.tokenized import TokenSet
 from effitrain.model.decoder import Decoder
-from effitrain.model.load import Base, load_model
+from effitrain.model.load import DTYPES, Base, load_model
+from effitrain.stream.offload import Offload
 from effitrain.train.loop import Course
 from effitrain.train.optim import make_optimizer
 from effitrain.train.state import TrainState, checkpoints, load_checkpoint, remove_after
@@ -55,15 +56,24 @@ def assemble(
         progress: told each layer that is in place.
     """
     decoder = load_model(base, recipe, device, progress)
-    decoder.recompute_layers = recipe.recompute == "layer"
+    keep_less(decoder, recipe)
     clock = Clock(recipe.seed)
     adapters = attach(decoder, AdapterConfig.of(recipe), clock)
     if recipe.init_adapter:
         load_into(adapters, read_adapter(adapter_folder(recipe.init_adapter)), recipe.init_adapter)
     trainable = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(recipe.optimizer, trainable.values(), chosen(recipe.lr), recipe.weight_decay)
+    optimizer = make_optimizer(chosen(recipe.optimizer), trainable.values(), chosen(recipe.lr), recipe.weight_decay)
     batches = make_batches(tokens, recipe)
     return Job(decoder, adapters, clock, trainable, optimizer, batches, _course(recipe, batches))
+
+
+def keep_less(decoder: Decoder, recipe: Recipe) -> None:
+    """Recompute and offload as ``recipe``, with every choice made, says."""
+    decoder.set_recompute(recipe.recompute)
+    if recipe.offload_activations == "on":
+        tokens = chosen(recipe.batch_size) * chosen(recipe.max_seq_len)
+        dtype = DTYPES[recipe.dtype]
+        decoder.offload = Offload(len(decoder.layers), tokens, decoder.spec.hidden, dtype, decoder.device)
 
 
 def _course(recipe: Recipe, batches: Batches) -> Course:

@@ -26,6 +26,11 @@ class StorageTracker(TorchDispatchMode):
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
 
+    def ignore(self, *tensors: Tensor) -> None:
+        """Do not count these: what lies in host memory."""
+        for tensor in tensors:
+            self._sizes[tensor.untyped_storage()._cdata] = 0
+
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that were made before tracking began."""
         for tensor in tensors:
@@ -36,6 +41,11 @@ class StorageTracker(TorchDispatchMode):
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self._forget, key)
         self.peak = max(self.peak, self.live)
+
+    def restart(self) -> int:
+        """The peak so far; the next one starts from what is alive now."""
+        peak, self.peak = self.peak, self.live
+        return peak
 
     def _forget(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)

@@ -132,3 +132,7 @@ def test_same_bytes_on_cuda():
     ours = [checkpoint(dtype=torch.bfloat16).read(NAME), *parts(checkpoint(nf4=True).read_nf4(NAME))]
     theirs = [checkpoint(dtype=torch.bfloat16).read(NAME, "cuda"), *parts(checkpoint(nf4=True).read_nf4(NAME, "cuda"))]
     assert all(torch.equal(a, b.cpu()) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_root_mean_square_of_the_code():
+    assert nf4_code().square().mean().sqrt().item() == NF4_RMS

@@ -8,8 +8,9 @@ from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
 from effitrain.data.batches import Batches, longest
 from effitrain.data.tokenized import TokenSet
-from effitrain.model.load import find_base, load_model
+from effitrain.model.load import DTYPES, find_base, load_model
 from effitrain.planning import recipe
+from effitrain.stream.offload import Offload
 from effitrain.train.hooks import Hook
 from effitrain.train.loop import Course, accumulate, train
 from effitrain.train.memory import Meter

@@ -1,0 +1,196 @@
+"""The real training step run symbolically: shapes without data, on any machine, with every storage counted.
+
+Layers of one kind take the same bytes each, so a few of each kind are run and the rest is added: every phase of a step
+is linear in the number of layers of a kind. A test compares with the full depth.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+
+from effitrain.adapters.attach import attach
+from effitrain.adapters.base import AdapterConfig, Clock
+from effitrain.core.memory import MIN_8BIT, STATE_BLOCK
+from effitrain.core.recipe import Recipe
+from effitrain.core.spec import LayerSpec, ModelSpec
+from effitrain.data.batches import MicroBatch
+from effitrain.io.synthetic import EmptyCheckpoint, shapes_of
+from effitrain.model.decoder import Decoder, build
+from effitrain.model.load import DTYPES, fill
+from effitrain.quant.nf4 import warm_up
+from effitrain.train.job import chosen, keep_less
+from effitrain.train.loss import loss_sum
+from effitrain.train.memory import StorageTracker, model_tensors, optimizer_tensors
+from effitrain.train.optim import make_optimizer
+
+KEPT = 2  # layers of each kind that are run; one more of a kind shows what it adds
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """Bytes on the device: what lives through the whole step, and the most at any moment of each phase.
+
+    Attributes:
+        frozen: weights, embedding (where it lies on the device), head, norms.
+        adapters: trainable weights and their gradients.
+        optimizer: its states.
+        buffers: made once and used in every step.
+        forward: the most during the forward pass and the loss, all of the above included.
+        backward: the same for the backward pass.
+        step: the same for the optimizer's step.
+    """
+
+    frozen: int
+    adapters: int
+    optimizer: int
+    buffers: int
+    forward: int
+    backward: int
+    step: int
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment."""
+        return max(self.forward, self.backward, self.step)
+
+    def plus(self, other: "Tracked", times: int) -> "Tracked":
+        """Every figure with ``times`` the other's added."""
+        return Tracked(*(a + times * b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def track(spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe, device: str) -> Tracked:
+    """The bytes of a step, the model resident.
+
+    Args:
+        spec: the model's shape.
+        config: its config.json.
+        recipe: with every choice made.
+        device: on ``cuda`` an untied embedding lies on the host.
+    """
+    kinds = Counter(map(_kind, spec.layers))
+    kept = {kind: min(KEPT, count) for kind, count in kinds.items()}
+
+    def run(numbers: Mapping[Any, int]) -> Tracked:
+        thin = _thinned(spec, numbers)
+        return _run(thin, {**config, "num_hidden_layers": thin.num_layers}, recipe, device)
+
+    base = total = run(kept)
+    for kind, count in kinds.items():
+        if count > kept[kind]:
+            one_more = run({**kept, kind: kept[kind] + 1})
+            total = total.plus(one_more.plus(base, -1), count - kept[kind])
+    return total
+
+
+def _kind(layer: LayerSpec) -> Any:
+    return layer.linears, layer.other_params
+
+
+def _thinned(spec: ModelSpec, numbers: Mapping[Any, int]) -> ModelSpec:
+    """The last layers of each kind, as many as ``numbers`` says."""
+    left, layers = dict(numbers), []
+    for layer in reversed(spec.layers):
+        if left[_kind(layer)]:
+            left[_kind(layer)] -= 1
+            layers.append(layer)
+    return replace(spec, layers=tuple(replace(layer, index=i) for i, layer in enumerate(reversed(layers))))
+
+
+def _run(spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe, device: str) -> Tracked:
+    with _symbolic():
+        decoder = _model(spec, config, recipe)
+        parameters = [p for p in decoder.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = _optimizer(recipe, parameters)
+        tracker = StorageTracker()
+        if device == "cuda" and not spec.tied:
+            tracker.ignore(decoder.model.embed_tokens.weight)  # type: ignore[union-attr, arg-type]
+        if decoder.offload:
+            tracker.ignore(decoder.offload.host)
+        trained = [tensor for p in parameters for tensor in (p, p.grad) if tensor is not None]
+        buffers = [decoder.offload.staging] if decoder.offload else []
+        sizes = [_added(tracker, trained)]
+        sizes.insert(0, _added(tracker, model_tensors(decoder)))
+        sizes += [_added(tracker, optimizer_tensors(optimizer)), _added(tracker, buffers)]
+        batch = _full_batch(recipe)
+        with tracker:
+            return Tracked(*sizes, *_step(decoder, batch, parameters, optimizer, tracker))
+
+
+def _step(
+    decoder: Decoder, batch: MicroBatch, parameters: list[Tensor], optimizer: Optimizer, tracker: StorageTracker
+) -> tuple[int, int, int]:
+    """The peaks of forward pass and loss, of the backward pass, and of the optimizer's step."""
+    loss = loss_sum(decoder, batch)
+    forward = tracker.restart()
+    loss.backward()
+    back = tracker.restart()
+    torch._foreach_mul_([p.grad for p in parameters], 0.5)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    return forward, back, tracker.restart()
+
+
+def _added(tracker: StorageTracker, tensors: Iterable[Tensor]) -> int:
+    """Bytes that counting these added."""
+    before = tracker.live
+    tracker.add(tensors)
+    return tracker.live - before
+
+
+@contextmanager
+def _symbolic() -> Iterator[None]:
+    """Tensors made within have a shape and no memory."""
+    warm_up(torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def _model(spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe) -> Decoder:
+    dtype, device = DTYPES[recipe.dtype], torch.device("cpu")
+    decoder = build(spec, config, spec.name)
+    fill(decoder, EmptyCheckpoint(shapes_of(spec), 0, recipe.quant == "nf4", dtype), recipe.quant, dtype, device)
+    attach(decoder, AdapterConfig.of(recipe), Clock(recipe.seed))
+    keep_less(decoder, recipe)
+    return decoder
+
+
+def _full_batch(recipe: Recipe) -> MicroBatch:
+    """Rows of full length, every token trained."""
+    rows, length = chosen(recipe.batch_size), chosen(recipe.max_seq_len)
+    ids = torch.zeros(rows * length, dtype=torch.int64)
+    places = torch.arange(rows * length)
+    return MicroBatch(ids, ids, places % length, (length,) * rows, places, rows)
+
+
+def _optimizer(recipe: Recipe, parameters: list[Tensor]) -> Optimizer:
+    """The optimizer with its states made."""
+    if recipe.optimizer == "adamw":
+        optimizer = make_optimizer("adamw", parameters, chosen(recipe.lr), 0.0)
+    else:
+        optimizer = ShapesOfAdamW8bit(parameters, {})
+    optimizer.step()
+    return optimizer
+
+
+class ShapesOfAdamW8bit(Optimizer):
+    """The states of bitsandbytes' 8-bit AdamW, whose step works on data alone; it takes no temporaries."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Make the states at the first call."""
+        for parameter in self.param_groups[0]["params"]:
+            if not self.state[parameter]:
+                size, small = parameter.numel(), parameter.numel() < MIN_8BIT
+                for moment in ("1", "2"):
+                    dtype = torch.float32 if small else torch.uint8
+                    self.state[parameter][f"state{moment}"] = torch.empty(size, dtype=dtype)
+                    if not small:
+                        self.state[parameter][f"absmax{moment}"] = torch.empty(-(-size // STATE_BLOCK))
