@@ -112,6 +112,7 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False) -> 
         raise refusal(the_plan)
     if dry_run:
         return None
+    _check_can_run(the_plan)
     device, resolved = _device(budget), resolve(recipe, the_plan)
     known = folder.notes["recipes"] if folder.knows(asked) else []
     folder = folder.note(recipes=sorted({*known, asked.fingerprint(), resolved.fingerprint()}))
@@ -263,6 +264,7 @@ def _ready(recipe: Recipe, adapter: str | None) -> tuple[Base, Decoder, Recipe]:
     the_plan = make_plan(base.spec, recipe, budget)
     if not the_plan.fits:
         raise refusal(the_plan)
+    _check_can_run(the_plan)
     base, recipe, device = base.fetched(), resolve(recipe, the_plan), _device(budget)
     _cap(device, the_plan)
     decoder = load_model(base, recipe, device).eval()
@@ -277,6 +279,14 @@ def _check_starting_points(recipe: Recipe, base: Base) -> None:
         check_fits(base.spec, read_adapter(adapter_folder(recipe.init_adapter)))
     if recipe.resume not in ("auto", "never"):
         check_checkpoint(Path(recipe.resume))
+
+
+def _check_can_run(the_plan: Plan) -> None:
+    if the_plan.fit != "resident":
+        name = {"stream": "Layer streaming", "prune": "Pruning"}[the_plan.fit]
+        raise InputError(
+            f"The plan is --fit {the_plan.fit}: {name} is not in this version yet, though it can be planned."
+        )
 
 
 def _device(budget: MemoryBudget) -> torch.device:

@@ -1,37 +1,41 @@
 """The search: every combination of settings the recipe leaves open, their ledgers, and the fastest that fits."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.ledger import LedgerLine, Settings, gpu_bytes, host_bytes
 from effitrain.core.memory import make_ledger
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
+from effitrain.core.speed import tokens_per_second
 
 SAMPLES_PER_STEP = 16
 DEFAULT_MAX_SEQ_LEN = 2048
 ADAPTER_LR = 2e-4
 # Beyond this many tokens a CPU gains no speed from a larger micro-batch.
 CPU_MICRO_BATCH_TOKENS = 4096
-# One dequantisation takes the time of so many FLOP per weight: 2.5 B at 1 TB/s against 99 TFLOP/s on an RTX 4090 is
-# 249; on two CPU cores 16 ms for 4096 x 4096 weights against 223 GFLOP/s is 213.
-DEQUANT_FLOP = 250
+Weights = Literal["resident", "streamed"]
+Recompute = Literal["none", "mlp", "layer"]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings with their ledger."""
+    """A way to run a step: the model's shape (that of the pruned one, where it is pruned), settings, ledger, speed."""
 
+    spec: ModelSpec
     settings: Settings
     ledger: tuple[LedgerLine, ...]
+    tokens_per_second: float
 
-    @property
+    @cached_property
     def peak(self) -> int:
         """Bytes on the device."""
         return gpu_bytes(self.ledger)
 
-    @property
+    @cached_property
     def host_peak(self) -> int:
         """Bytes on the host."""
         return host_bytes(self.ledger)
@@ -41,34 +45,33 @@ class Choice:
         return self.peak <= budget.gpu_bytes and self.host_peak <= budget.host_bytes
 
 
-def list_choices(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> list[Choice]:
-    """Every combination of what the recipe leaves open; one only when it fixes everything."""
-    candidates = _candidates(spec, recipe, budget)
-    return [Choice(settings, make_ledger(spec, recipe, settings, budget)) for settings in candidates]
+def list_choices(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: Weights = "resident") -> list[Choice]:
+    """Every combination of what the recipe leaves open; one only when it fixes everything.
 
-
-def fastest(choices: list[Choice], recipe: Recipe, budget: MemoryBudget) -> Choice:
-    """The fastest choice within the device budget, of equals the largest micro-batch; the leanest when none is."""
-    fitting = [choice for choice in choices if choice.peak <= budget.gpu_bytes]
-    if not fitting:
-        return leanest(choices)
-    return min(fitting, key=lambda choice: (time_per_token(choice.settings, recipe), -choice.settings.tokens))
-
-
-def leanest(choices: list[Choice]) -> Choice:
-    """The choice of the smallest peak."""
-    return min(choices, key=lambda choice: choice.peak)
-
-
-def time_per_token(settings: Settings, recipe: Recipe) -> float:
-    """Time of a token in FLOP per frozen weight: its matrix products and its share of the dequantisations.
-
-    Forward and gradient of the input take 2 FLOP each, and recomputing the forward 2 more; the weight is
-    dequantised once for each.
+    Streamed choices hold as many layers on the device and in host memory as the budget allows, or as the recipe says.
     """
-    products = 3 if settings.recompute == "layer" else 2
-    dequantised = products * DEQUANT_FLOP / settings.tokens if recipe.quant == "nf4" else 0
-    return 2 * products + dequantised
+    choices = [_place(spec, recipe, settings, budget) for settings in _candidates(spec, recipe, budget, weights)]
+    if recipe.optimizer is None:
+        lean = replace(leanest(choices, budget).settings, optimizer="adamw8bit")
+        choices.append(_place(spec, recipe, lean, budget))
+    return choices
+
+
+def best(choices: list[Choice], budget: MemoryBudget) -> Choice:
+    """The fastest choice that fits, of equals the largest micro-batch; the leanest when none does.
+
+    8-bit optimizer states round, so they are taken only where fp32 states do not fit.
+    """
+    fitting = [choice for choice in choices if choice.fits(budget)]
+    if not fitting:
+        return leanest(choices, budget)
+    exact = [choice for choice in fitting if choice.settings.optimizer == "adamw"] or fitting
+    return max(exact, key=lambda choice: (choice.tokens_per_second, choice.settings.tokens))
+
+
+def leanest(choices: list[Choice], budget: MemoryBudget) -> Choice:
+    """The choice that is least short on the host, and of those the one of the smallest device peak."""
+    return min(choices, key=lambda choice: (max(0, choice.host_peak - budget.host_bytes), choice.peak))
 
 
 def sequence_length(spec: ModelSpec, recipe: Recipe) -> int:
@@ -76,10 +79,48 @@ def sequence_length(spec: ModelSpec, recipe: Recipe) -> int:
     return recipe.max_seq_len or min(spec.max_positions, DEFAULT_MAX_SEQ_LEN)
 
 
-def _candidates(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> Iterator[Settings]:
+def _choice(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> Choice:
+    speed = tokens_per_second(spec, recipe, settings, budget.rates)
+    return Choice(spec, settings, make_ledger(spec, recipe, settings, budget), speed)
+
+
+def _place(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> Choice:
+    """A choice with its streamed layers placed: on the device and in host memory as many as fit, the rest on disk."""
+    if not settings.streamed:
+        return _choice(spec, recipe, settings, budget)
+    layers = spec.num_layers
+
+    def ledger(resident: int, on_disk: int) -> tuple[LedgerLine, ...]:
+        placed = replace(settings, streamed=layers - resident, on_disk=on_disk)
+        return make_ledger(spec, recipe, placed, budget)
+
+    if recipe.resident_layers is not None:
+        resident = min(recipe.resident_layers, layers - 1)
+    elif settings.optimizer != "adamw" and recipe.optimizer is None:
+        resident = 0  # 8-bit states are taken to fit at all, never to fit more
+    else:
+        resident = _most(layers - 1, lambda n: budget.gpu_bytes - gpu_bytes(ledger(n, 0)))
+    left = layers - resident
+    held = _most(left, lambda n: budget.host_bytes - host_bytes(ledger(resident, left - n)))
+    return _choice(spec, recipe, replace(settings, streamed=left, on_disk=left - held), budget)
+
+
+def _most(limit: int, room: Callable[[int], int]) -> int:
+    """The largest number up to ``limit`` that leaves room, 0 when none does; each takes as much as the first did."""
+    if limit < 1 or (free := room(0)) < 0:
+        return 0
+    number = min(limit, free // max(1, free - room(1)))
+    while number < limit and room(number + 1) >= 0:
+        number += 1
+    while number and room(number) < 0:
+        number -= 1
+    return number
+
+
+def _candidates(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: Weights) -> Iterator[Settings]:
     length = sequence_length(spec, recipe)
     dtype = recipe.dtype if recipe.dtype != "auto" else budget.half if budget.device == "cuda" else "fp32"
-    for recompute in ("none", "layer") if recipe.recompute == "auto" else (recipe.recompute,):
+    for recompute, offload in _kept(recipe, weights):
         for batch_size in _batch_sizes(recipe, length, budget.device):
             yield Settings(
                 max_seq_len=length,
@@ -87,10 +128,25 @@ def _candidates(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> Iterat
                 grad_accum=recipe.grad_accum or max(1, round(SAMPLES_PER_STEP / batch_size)),
                 dtype=dtype,
                 recompute=recompute,
-                offload=recipe.offload_activations == "on",
+                offload=offload,
                 optimizer=recipe.optimizer or "adamw",
                 lr=recipe.lr or ADAPTER_LR,
+                streamed=spec.num_layers if weights == "streamed" else 0,
             )
+
+
+def _kept(recipe: Recipe, weights: Weights) -> Iterator[tuple[Recompute, bool]]:
+    """What the backward pass computes again, and whether layer inputs wait on the host, the fastest first."""
+    levels: tuple[Recompute, ...] = ("none", "mlp", "layer") if recipe.recompute == "auto" else (recipe.recompute,)
+    for level in levels:
+        if weights == "streamed" and level != "layer":
+            continue  # a layer that has left must be there again before anything of it can be used
+        # Where layers stream, the memory of their inputs is better spent on layers that stay.
+        auto = (True,) if weights == "streamed" else (False, True)
+        offloads = {"off": (False,), "on": (True,), "auto": auto}[recipe.offload_activations]
+        for offload in offloads:
+            if level == "layer" or not offload:
+                yield level, offload
 
 
 def _batch_sizes(recipe: Recipe, length: int, device: str) -> list[int]:

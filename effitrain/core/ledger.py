@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-GPU, HOST = "gpu", "host"
+GPU, HOST, DISK = "gpu", "host", "disk"
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -23,6 +23,7 @@ class Settings:
     """The training settings a plan decides on; lengths in tokens, ``batch_size`` in samples a micro-batch.
 
     ``recompute``: what is computed again in the backward pass; ``offload``: layer inputs wait for it on the host.
+    ``streamed``: layers whose frozen weights visit the device; ``on_disk``: how many of them are read from the disk.
     """
 
     max_seq_len: int
@@ -33,6 +34,8 @@ class Settings:
     offload: bool
     optimizer: str
     lr: float
+    streamed: int = 0
+    on_disk: int = 0
 
     @property
     def tokens(self) -> int:

@@ -5,9 +5,10 @@ Letters in formulas: T tokens of a micro-batch, L layers, h hidden size, V vocab
 """
 
 from collections.abc import Iterator
+from fractions import Fraction
 
 from effitrain.core.budget import MemoryBudget
-from effitrain.core.ledger import GPU, HOST, LedgerLine, Settings, gpu_bytes
+from effitrain.core.ledger import DISK, GPU, HOST, LedgerLine, Settings, gpu_bytes
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import LayerSpec, LinearSpec, ModelSpec
 
@@ -19,12 +20,15 @@ MIN_8BIT, STATE_BLOCK = 4096, 256
 LOSS_CHUNK_BYTES, LOSS_MIN_ROWS = 64 * 2**20, 16
 # Resident size of the process with every library loaded: 0.55 GiB measured with the CPU build of torch; data on top.
 PROCESS_BYTES = {"cpu": 2**30, "cuda": 2 * 2**30}
+# Streamed layers are aligned for direct reads, and visit so many slots on the device.
+PAGE, SLOTS = 4096, 3
 
 
 def make_ledger(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> tuple[LedgerLine, ...]:
     """What is alive on the device at the worst moment of a step, and what the host holds.
 
-    Four moments compete: the loss, the backward pass of the final norm, that of the last layer, the optimizer step.
+    Three moments compete: the loss, the backward pass of the final norm, and that of the last layer. The optimizer's
+    step is fused and takes no temporaries.
     """
     resident = (
         *_frozen(spec, recipe, settings),
@@ -37,9 +41,8 @@ def make_ledger(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: Mem
         (*forward, *_loss(spec, settings)),
         (*forward, _norm_backward(spec, settings)),
         (*forward, *_layer_backward(spec, recipe, settings)),
-        (_optimizer_step(spec, recipe, settings, budget.device),),
     )
-    lines = (*resident, *max(moments, key=gpu_bytes), *_host(spec, settings, budget.device))
+    lines = (*resident, *max(moments, key=gpu_bytes), *_host(spec, recipe, settings, budget.device))
     return tuple(line for line in lines if line.bytes)
 
 
@@ -114,16 +117,37 @@ def _factors(spec: ModelSpec, recipe: Recipe) -> list[tuple[int, int]]:
     return [(recipe.lora_r * side, n) for linear, n in linears for side in (linear.in_features, linear.out_features)]
 
 
+def blob_bytes(layer: LayerSpec, recipe: Recipe, settings: Settings) -> int:
+    """A layer's frozen tensors in one piece, each linear's parts, norms and biases, as they are streamed."""
+    c = settings.width
+    sizes = [nf4_bytes(n.weights) + 4 if recipe.quant == "nf4" else n.weights * c for n in layer.linears]
+    return _ceil(sum(sizes) + (layer.params - layer.weights) * c, PAGE) * PAGE
+
+
 def _frozen(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
-    weights = f"{spec.linear_params:,} weights"
+    """Frozen weights of the resident layers, and the slots that streamed ones visit."""
+    resident = Fraction(spec.num_layers - settings.streamed, spec.num_layers)
+    weights = f"{int(spec.linear_params * resident):,} weights"
+    of = f" ({spec.num_layers - settings.streamed} of {spec.num_layers} layers)" if settings.streamed else ""
+    slots = _slots(spec, recipe, settings)
     if recipe.quant == "none":
-        return (_gpu("frozen linears", spec.linear_params * settings.width, f"{weights} x {settings.width} B"),)
-    size = sum(count * nf4_bytes(linear.weights) for linear, count in _linears(spec))
-    tensors = sum(count for _, count in _linears(spec))
+        size = int(spec.linear_params * settings.width * resident)
+        return (_gpu("frozen linears", size, f"{weights} x {settings.width} B{of}"), *slots)
+    size = int(sum(count * nf4_bytes(linear.weights) for linear, count in _linears(spec)) * resident)
+    tensors = int(sum(count for _, count in _linears(spec)) * resident)
     return (
-        _gpu("frozen linears", size, f"{weights} x (1/2 + 1/64 + 1/4096) B, rounded up per tensor"),
+        _gpu("frozen linears", size, f"{weights} x (1/2 + 1/64 + 1/4096) B, rounded up per tensor{of}"),
         _gpu("NF4 offsets", 4 * tensors, f"{tensors} tensors x 4 B"),
+        *slots,
     )
+
+
+def _slots(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
+    if not settings.streamed:
+        return ()
+    blob = max(blob_bytes(layer, recipe, settings) for layer, _ in spec.shapes)
+    count = min(SLOTS, settings.streamed)
+    return (_gpu("streaming slots", count * blob, f"{count} x {blob:,} B, the largest layer"),)
 
 
 def _tables(spec: ModelSpec, settings: Settings, device: str) -> tuple[LedgerLine, ...]:
@@ -235,21 +259,22 @@ def _layer_backward(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tupl
     return tuple(lines)
 
 
-def _optimizer_step(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) -> LedgerLine:
-    """Temporaries of AdamW: roots of all second moments at once on CUDA, of one tensor at a time on a CPU."""
-    factors = _factors(spec, recipe) if settings.optimizer == "adamw" else []
-    if device == "cuda":
-        numbers = sum(size * count for size, count in factors)
-    else:
-        numbers = max((size for size, _ in factors), default=0)
-    return _gpu("optimizer temporaries", 4 * numbers, f"{numbers:,} x 4 B")
-
-
-def _host(spec: ModelSpec, settings: Settings, device: str) -> tuple[LedgerLine, ...]:
+def _host(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) -> tuple[LedgerLine, ...]:
     largest = max(spec.embedding_params, *(linear.weights for linear, _ in _linears(spec)))
-    return (
-        LedgerLine(
-            "largest tensor, while it loads", HOST, largest * settings.width, f"{largest:,} x {settings.width} B"
-        ),
+    c, tokens = settings.width, settings.tokens
+    lines = [
         LedgerLine("process and data", HOST, PROCESS_BYTES[device], "interpreter, libraries, tokenised data"),
-    )
+        LedgerLine("largest tensor, while it loads", HOST, largest * c, f"{largest:,} x {c} B"),
+    ]
+    if settings.offload:
+        size = spec.num_layers * tokens * spec.hidden * c
+        formula = f"L {spec.num_layers} x T {tokens} x h {spec.hidden} x {c} B"
+        lines.append(LedgerLine("layer inputs, offloaded", HOST, size, formula))
+    if settings.streamed:
+        blob = max(blob_bytes(layer, recipe, settings) for layer, _ in spec.shapes)
+        held, read = settings.streamed - settings.on_disk, settings.on_disk
+        lines.append(LedgerLine("streamed layers", HOST, held * blob, f"{held} layers x {blob:,} B"))
+        ahead = min(SLOTS, read)
+        lines.append(LedgerLine("read-ahead", HOST, ahead * blob, f"{ahead} buffers x {blob:,} B"))
+        lines.append(LedgerLine("store", DISK, spec.num_layers * blob, f"L {spec.num_layers} x {blob:,} B"))
+    return tuple(lines)

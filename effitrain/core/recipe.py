@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,17 +15,12 @@ from effitrain.core.units import parse_bytes
 
 # Flags of the published command line whose feature this version does not have yet, and that feature.
 LATER = {
-    "resident_layers": "layer streaming",
     "stream_order": "layer streaming",
-    "prefer": "the choice between streaming and pruning",
     "prove": "the symbolic proof of the plan",
     "mlp_tiles": "tiled MLPs for long context",
-    "prune_ratio": "pruning",
-    "prune_parts": "pruning",
     "prune_score": "pruning",
     "prune_method": "pruning",
     "prune_round": "pruning",
-    "prune_exempt": "pruning",
     "align": "pruning",
     "calib_dataset": "pruning",
     "lisa_layers": "LISA",
@@ -40,7 +36,6 @@ LATER = {
 }
 # Values of --fit and --method that later versions bring.
 LATER_VALUES = {
-    "fit": {"stream": "Layer streaming", "prune": "Pruning"},
     "method": {
         "full": "Full fine-tuning",
         "lisa": "LISA",
@@ -73,6 +68,16 @@ def _columns(value: Any) -> Any:
 def _names(value: Any) -> Any:
     """``q_proj,v_proj`` as a tuple of names."""
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+def _pair(value: Any) -> Any:
+    """``4,2`` as two numbers."""
+    if not isinstance(value, str) or value == "auto":
+        return value
+    first, sign, last = value.partition(",")
+    if not (sign and first.strip().isdecimal() and last.strip().isdecimal()):
+        raise ValueError("write it like 4,2")
+    return int(first), int(last)
 
 
 def _auto(value: Any) -> Any:
@@ -130,6 +135,12 @@ class Recipe(BaseModel):
     host_mem: Annotated[Bytes | None, Auto] = _flag(None, "Host memory budget; 80 % of what is free", group="memory")
     gpu: str | None = _flag(None, "Plan for a card that is not here, e.g. rtx4090", group="memory")
     fit: Literal["auto", "resident", "stream", "prune"] = _flag("auto", "How the model is made to fit", group="memory")
+    prefer: Literal["exact", "fast"] = _flag(
+        "exact", "Where it must stream or be pruned: stream first, or prune first", group="memory"
+    )
+    resident_layers: Annotated[int | None, Auto] = _flag(
+        None, "Layers that stay on the device while others stream; as many as fit", group="memory", ge=0
+    )
     quant: Literal["nf4", "none"] = _flag("nf4", "Storage of the frozen weights", group="memory")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = _flag(
         "auto", "Compute dtype; bf16 on CUDA, fp32 on CPU", group="memory"
@@ -172,6 +183,16 @@ class Recipe(BaseModel):
     lora_rslora: bool = _flag(False, "Scale by alpha / sqrt(r) instead of alpha / r", group="adapter")
     init_adapter: str | None = _flag(None, "Go on from this adapter folder", group="adapter", min_length=1)
 
+    prune_ratio: float | None = _flag(
+        None, "Share of the pruned parts that goes; the smallest that fits", group="pruning", ge=0, lt=1
+    )
+    prune_parts: Literal["ffn+kv", "ffn", "kv"] = _flag(
+        "ffn+kv", "What is pruned: FFN channels, KV groups", group="pruning"
+    )
+    prune_exempt: Annotated[tuple[int, int] | None, BeforeValidator(_pair), Auto] = _flag(
+        None, "First and last layers left whole, e.g. 4,2; in proportion to 80", group="pruning"
+    )
+
     def changed(self, **fields: Any) -> "Recipe":
         """A copy with ``fields`` replaced, validated again."""
         return make_recipe({**self.model_dump(), **fields})
@@ -205,6 +226,8 @@ def make_recipe(fields: dict[str, Any]) -> Recipe:
         problems += [_describe(item) for item in error.errors()]
     except InputError as error:
         problems.append(str(error))
+    if recipe is not None:
+        problems += _contradictions(recipe)
     problems += [_not_yet(key, known[key]) for key in LATER_VALUES if known.get(key) in LATER_VALUES[key]]
     if problems or recipe is None:
         raise InputError("\n".join(problems), next_step="effitrain run --help lists every flag.")
@@ -231,6 +254,19 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
 
 def _flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
+
+
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    """Fields that cannot both be had."""
+    lean = recipe.recompute in ("auto", "layer")
+    if recipe.offload_activations == "on" and not lean:
+        yield f"--offload-activations on keeps layer inputs alone, and --recompute {recipe.recompute} keeps more."
+    if recipe.fit == "stream" and not lean:
+        yield f"--fit stream computes each layer again, and --recompute {recipe.recompute} does not."
+    if recipe.resident_layers is not None and recipe.fit not in ("auto", "stream", "prune"):
+        yield f"--resident-layers is for models that stream, and --fit is {recipe.fit}."
+    if recipe.prune_ratio is not None and recipe.fit not in ("auto", "prune"):
+        yield f"--prune-ratio is for --fit prune, and --fit is {recipe.fit}."
 
 
 def _unknown(key: str) -> str:

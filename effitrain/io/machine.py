@@ -32,7 +32,7 @@ def find_budget(recipe: Recipe, assume_card: bool = False) -> MemoryBudget:
     found = card()
     free = found.free if found else recipe.gpu_mem or 0
     device: Literal["cpu", "cuda"] = "cuda" if found or assume_card else "cpu"
-    budget = make_budget(recipe, device, free, free_host_bytes(), found.name if found else None)
+    budget = make_budget(recipe, device, free, free_host_bytes(), found.name if found else None, os.cpu_count() or 1)
     if found and not recipe.gpu:
         return replace(budget, half=found.half)
     if assume_card and not found and not recipe.gpu:

@@ -106,7 +106,7 @@ def _thinned(spec: ModelSpec, numbers: Mapping[Any, int]) -> ModelSpec:
 def _run(spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe, device: str) -> Tracked:
     with _symbolic():
         decoder = _model(spec, config, recipe)
-        parameters = [p for p in decoder.parameters() if p.requires_grad]
+        parameters: list[Tensor] = [p for p in decoder.parameters() if p.requires_grad]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer = _optimizer(recipe, parameters)
@@ -115,14 +115,14 @@ def _run(spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe, device: str
             tracker.ignore(decoder.model.embed_tokens.weight)  # type: ignore[union-attr, arg-type]
         if decoder.offload:
             tracker.ignore(decoder.offload.host)
-        trained = [tensor for p in parameters for tensor in (p, p.grad) if tensor is not None]
-        buffers = [decoder.offload.staging] if decoder.offload else []
-        sizes = [_added(tracker, trained)]
-        sizes.insert(0, _added(tracker, model_tensors(decoder)))
-        sizes += [_added(tracker, optimizer_tensors(optimizer)), _added(tracker, buffers)]
+        adapters = _added(tracker, [tensor for p in parameters for tensor in (p, p.grad) if tensor is not None])
+        frozen = _added(tracker, model_tensors(decoder))
+        states = _added(tracker, optimizer_tensors(optimizer))
+        buffers = _added(tracker, [decoder.offload.staging] if decoder.offload else [])
         batch = _full_batch(recipe)
         with tracker:
-            return Tracked(*sizes, *_step(decoder, batch, parameters, optimizer, tracker))
+            forward, backward, step = _step(decoder, batch, parameters, optimizer, tracker)
+        return Tracked(frozen, adapters, states, buffers, forward, backward, step)
 
 
 def _step(
@@ -133,7 +133,7 @@ def _step(
     forward = tracker.restart()
     loss.backward()
     back = tracker.restart()
-    torch._foreach_mul_([p.grad for p in parameters], 0.5)
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 0.5)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     return forward, back, tracker.restart()

@@ -1,6 +1,7 @@
 import pytest
 
 from effitrain.core.budget import CUDA_OVERHEAD_BYTES, GIB, MemoryBudget, card_bytes, make_budget
+from effitrain.core.cards import cpu_rates
 from effitrain.core.errors import InputError
 from effitrain.core.recipe import make_recipe
 
@@ -35,9 +36,10 @@ def test_defaults_are_what_is_free() -> None:
 
 
 def test_on_a_cpu_the_tensors_count_and_nothing_else() -> None:
-    assert make_budget(make_recipe({}), "cpu", 0, 10 * GIB) == MemoryBudget(8 * GIB, 8 * GIB, 0, "cpu")
+    free = make_budget(make_recipe({}), "cpu", 0, 10 * GIB, cores=2)
+    assert free == MemoryBudget(8 * GIB, 8 * GIB, 0, "cpu", rates=cpu_rates(2))
     fixed = make_recipe({"gpu_mem": "2G", "host_mem": "3G"})
-    assert make_budget(fixed, "cpu", 0, 10 * GIB) == MemoryBudget(2 * GIB, 3 * GIB, 0, "cpu")
+    assert make_budget(fixed, "cpu", 0, 10 * GIB) == MemoryBudget(2 * GIB, 3 * GIB, 0, "cpu", rates=cpu_rates(1))
 
 
 def test_a_budget_above_the_card_is_clipped_with_a_notice() -> None:

@@ -1,9 +1,10 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from effitrain.core.budget import GIB, MemoryBudget
-from effitrain.core.choices import Choice, fastest, leanest, list_choices, sequence_length, time_per_token
+from effitrain.core.choices import Choice, best, leanest, list_choices, sequence_length
 from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
 from effitrain.core.spec import ModelSpec, spec_from_config
@@ -26,14 +27,54 @@ def choices(budget: MemoryBudget = CPU, model: str = "qwen2.5-0.5b", **fields: A
 
 
 def pick(budget: MemoryBudget, model: str = "llama-3.1-8b", **fields: Any) -> Choice:
-    return fastest(choices(budget, model, **fields), make_recipe(fields), budget)
+    return best(choices(budget, model, **fields), budget)
 
 
 def test_what_is_open_is_combined() -> None:
-    found = {(choice.settings.recompute, choice.settings.batch_size) for choice in choices(cuda(GIB))}
-    assert found == {(recompute, batch) for recompute in ("none", "layer") for batch in (1, 2, 4, 8, 16)}
-    assert len(choices(batch_size=3)) == 2
-    assert len(choices(batch_size=3, recompute="none")) == 1
+    found = [choice.settings for choice in choices(cuda(GIB), optimizer="adamw")]
+    kept = [("none", False), ("mlp", False), ("layer", False), ("layer", True)]
+    assert {(s.recompute, s.offload, s.batch_size) for s in found} == {(*k, b) for k in kept for b in (1, 2, 4, 8, 16)}
+    assert len(choices(batch_size=3, optimizer="adamw")) == 4
+    assert len(choices(batch_size=3, recompute="none", optimizer="adamw8bit")) == 1
+
+
+def test_eight_bit_states_come_only_on_top_of_the_leanest() -> None:
+    *exact, rounded = choices(cuda(GIB))
+    assert {choice.settings.optimizer for choice in exact} == {"adamw"}
+    assert rounded.settings == replace(leanest(exact, cuda(GIB)).settings, optimizer="adamw8bit")
+    need = min(choice.peak for choice in exact)
+    assert best([*exact, rounded], cuda(need)).settings.optimizer == "adamw"
+    assert best([*exact, rounded], cuda(need - 1)) == rounded
+
+
+def test_streamed_layers_stay_where_there_is_room() -> None:
+    spec, recipe = preset("llama-70b"), make_recipe({"batch_size": 1, "max_seq_len": 4096, "optimizer": "adamw"})
+
+    def streamed(gpu: int, host: int) -> Choice:
+        (choice,) = list_choices(spec, recipe, MemoryBudget(gpu, host, GIB, "cuda"), "streamed")
+        return choice
+
+    roomy = streamed(20 * GIB, 64 * GIB)
+    assert roomy.fits(MemoryBudget(20 * GIB, 64 * GIB, GIB, "cuda")) and roomy.settings.on_disk == 0
+    assert 80 - roomy.settings.streamed >= 20
+    exact = roomy.peak
+    assert streamed(exact, 64 * GIB) == roomy
+    assert streamed(exact - 1, 64 * GIB).settings.streamed == roomy.settings.streamed + 1
+    short = streamed(20 * GIB, 16 * GIB)
+    assert 0 < short.settings.on_disk < short.settings.streamed and short.host_peak <= 16 * GIB
+    assert streamed(20 * GIB, short.host_peak).settings == short.settings
+    assert streamed(20 * GIB, short.host_peak - 1).settings.on_disk == short.settings.on_disk + 1
+
+
+def test_the_peak_of_streaming_does_not_grow_with_the_layers() -> None:
+    recipe = make_recipe({"resident_layers": 0, "lora_targets": "lm_head", "batch_size": 1})
+    config = dict(find_preset("llama-70b").config)  # type: ignore[union-attr]
+    peaks = [
+        list_choices(spec_from_config({**config, "num_hidden_layers": n}, "x"), recipe, cuda(GIB), "streamed")[0].peak
+        for n in (20, 80, 160)
+    ]
+    small = 2 * 2 * 8192 * 2  # the norms, which stay
+    assert peaks[1] - peaks[0] <= 60 * small and peaks[2] - peaks[1] <= 80 * small
 
 
 @pytest.mark.parametrize(
@@ -48,7 +89,7 @@ def test_what_is_open_is_combined() -> None:
     ],
 )
 def test_a_step_has_sixteen_samples(fields: dict[str, Any], expected: list[tuple[int, int]]) -> None:
-    found = choices(cuda(GIB), recompute="none", **fields)
+    found = choices(cuda(GIB), recompute="none", optimizer="adamw", **fields)
     assert [(choice.settings.batch_size, choice.settings.grad_accum) for choice in found] == expected
 
 
@@ -84,32 +125,20 @@ def test_length_is_the_models_at_most_2048() -> None:
 
 
 def test_plenty_of_memory_means_no_recomputation_and_the_largest_micro_batch() -> None:
-    best = pick(cuda(1000 * GIB)).settings
-    assert (best.recompute, best.batch_size, best.grad_accum) == ("none", 16, 1)
+    chosen = pick(cuda(1000 * GIB)).settings
+    assert (chosen.recompute, chosen.batch_size, chosen.grad_accum) == ("none", 16, 1)
 
 
-def test_smaller_micro_batches_come_before_recomputation() -> None:
-    best = pick(cuda(24 * GIB)).settings
-    assert (best.recompute, best.batch_size, best.grad_accum) == ("none", 1, 16)
-    best = pick(cuda(12 * GIB)).settings
-    assert best.recompute == "layer" and best.batch_size > 1
-
-
-def test_with_few_tokens_dequantising_is_dearer_than_recomputing() -> None:
-    one = pick(cuda(8 * GIB), max_seq_len=32, batch_size=1)
-    many = choices(cuda(8 * GIB), "llama-3.1-8b", max_seq_len=32, batch_size=16, recompute="layer")[0]
-    recipe = make_recipe({})
-    assert one.settings.recompute == "none"
-    assert time_per_token(many.settings, recipe) < time_per_token(one.settings, recipe)
-    plain = make_recipe({"quant": "none"})
-    assert time_per_token(many.settings, plain) == 6 and time_per_token(one.settings, plain) == 4
+def test_less_memory_means_smaller_micro_batches_then_more_recomputation() -> None:
+    levels = [pick(cuda(size * GIB)).settings for size in (24, 12, 7)]
+    assert [(s.recompute, s.batch_size) for s in levels] == [("none", 1), ("mlp", 1), ("layer", 2)]
 
 
 def test_where_nothing_fits_the_leanest_is_shown() -> None:
     found = choices(cuda(GIB), "llama-70b")
-    best = fastest(found, make_recipe({}), cuda(GIB))
-    assert best == leanest(found) and best.peak == min(choice.peak for choice in found)
-    assert (best.settings.batch_size, best.settings.recompute) == (1, "layer")
+    chosen = best(found, cuda(GIB))
+    assert chosen == leanest(found, cuda(GIB)) and chosen.peak == min(choice.peak for choice in found)
+    assert (chosen.settings.batch_size, chosen.settings.recompute, chosen.settings.offload) == (1, "layer", True)
 
 
 def test_both_sides_must_fit() -> None:

@@ -11,5 +11,5 @@ def test_sides_are_summed_apart() -> None:
 
 @pytest.mark.parametrize(("dtype", "width"), [("bf16", 2), ("fp16", 2), ("fp32", 4)])
 def test_a_micro_batch_has_its_samples_full(dtype: str, width: int) -> None:
-    settings = Settings(512, 4, 2, dtype, "none", "adamw", 1e-4)  # type: ignore[arg-type]
+    settings = Settings(512, 4, 2, dtype, "none", False, "adamw", 1e-4)  # type: ignore[arg-type]
     assert (settings.tokens, settings.width) == (2048, width)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effitrain.core.budget import GIB, MemoryBudget, card_bytes
-from effitrain.core.choices import time_per_token
 from effitrain.core.errors import BudgetError, InputError
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
 from effitrain.core.presets import find_preset
@@ -19,7 +18,7 @@ from effitrain.core.spec import ModelSpec, spec_from_config
 
 CONTRACT = {
     "fits", "fit", "budget_bytes", "peak_bytes", "host_peak_bytes", "overhead_bytes", "resident_layers", "prune_ratio",
-    "micro_batch_tokens", "model", "ledger", "alternatives", "reasons", "proof",
+    "micro_batch_tokens", "model", "ledger", "alternatives", "reasons", "proof", "tokens_per_second_estimate",
 }  # fmt: skip
 PLENTY = MemoryBudget(2**50, 2**50, GIB, "cuda")
 
@@ -49,20 +48,64 @@ def test_json_has_exactly_the_keys_of_the_contract() -> None:
             for row in content["alternatives"]
         )
         assert set(content["settings"]) == {
-            "max_seq_len", "batch_size", "grad_accum", "dtype", "recompute", "optimizer", "lr",
+            "max_seq_len", "batch_size", "grad_accum", "dtype", "recompute", "offload", "optimizer", "lr", "streamed",
+            "on_disk",
         }  # fmt: skip
         assert json.loads(json.dumps(content)) == content
 
 
 def test_llama_70b_is_refused_at_20_and_24_gib() -> None:
     for size in (20 * GIB, 24 * GIB):
-        made = plan("llama-70b", size, max_seq_len=512)
+        made = plan("llama-70b", size, max_seq_len=512, fit="resident", optimizer="adamw")
         assert not made.fits and made.fit == "resident" and made.resident_layers == 80
         assert made.model.linear_params == 68_451_041_280 and made.model.params == 70_553_706_496
     assert made.reasons[0].startswith(
-        "The model needs 40.2 GiB at 512 tokens and the budget is 24.0 GiB: 16.2 GiB short"
+        "The model needs 39.6 GiB at 512 tokens and the budget is 24.0 GiB: 15.6 GiB short"
     )
-    assert plan("llama-70b", 48 * GIB, max_seq_len=512).fits
+    assert plan("llama-70b", 48 * GIB, max_seq_len=512).fit == "resident"
+
+
+# core.md 8.2, 20 GiB: (fit, ratio, tokens, GiB); its 1.2 GiB of context are ours, it counts 12 B an adapter weight
+# where fp32 states and gradients are 16, and one r8 adapter with a head where ours is r16.
+@pytest.mark.parametrize(
+    ("fields", "tokens", "published"),
+    [
+        ({"fit": "stream", "resident_layers": 0}, 2048, 8.1),
+        ({"fit": "stream", "resident_layers": 0}, 4096, 9.0),
+        ({"fit": "stream", "resident_layers": 0}, 8192, 10.9),
+        ({"fit": "prune", "prune_ratio": 0.65, "lora_r": 8}, 512, 18.4),
+        ({"fit": "prune", "prune_ratio": 0.75, "lora_r": 8}, 2048, 17.7),
+        ({"fit": "prune", "prune_ratio": 0.85, "lora_r": 8}, 512, 12.6),
+        ({"fit": "prune", "prune_ratio": 0.85, "lora_r": 8}, 2048, 15.1),
+        ({"fit": "prune", "prune_ratio": 0.95, "lora_r": 8}, 4096, 15.2),
+    ],
+)
+def test_ways_of_a_70b_agree_with_the_published_estimate(fields: dict[str, Any], tokens: int, published: float) -> None:
+    fixed = {"max_seq_len": tokens, "batch_size": 1, "recompute": "layer", "optimizer": "adamw"}
+    offload = "on" if fields["fit"] == "stream" else "off"
+    budget = MemoryBudget(40 * GIB, 64 * GIB, GIB * 12 // 10, "cuda")
+    made = make_plan(preset("llama-70b"), make_recipe({**fixed, **fields, "offload_activations": offload}), budget)
+    assert made.fits and made.peak_bytes / GIB == pytest.approx(published, rel=0.1)
+
+
+def test_llama_70b_at_20_gib_streams_and_offers_pruning() -> None:
+    made = plan("llama-70b", 20 * GIB)
+    assert made.fits and made.fit == "stream" and 0 < made.resident_layers < 80
+    rows = {(row.fit, row.prune_ratio): row for row in made.alternatives}
+    assert set(rows) == {("resident", None), *(("prune", ratio) for ratio in (0.5, 0.65, 0.75, 0.85, 0.95))}
+    assert not rows["resident", None].fits and "short of 20.0 GiB on the device" in rows["resident", None].why
+    assert rows["prune", 0.85].fits and rows["prune", 0.85].why == "--fit prune --prune-ratio 0.85"
+    assert plan("llama-70b", 20 * GIB, prefer="fast").fit == "prune"
+    assert plan("llama-70b", 20 * GIB, prefer="fast").prune_ratio == 0.65
+    short = plan("llama-70b", 20 * GIB, prune_ratio=0.85)
+    assert short.fit == "prune" and short.prune_ratio == 0.85
+
+
+def test_a_405b_streams_from_the_disk() -> None:
+    made = plan("llama-405b", 24 * GIB)
+    assert made.fits and made.fit == "stream" and made.settings.on_disk > 50
+    assert any("read from the disk" in reason for reason in made.reasons)
+    assert {line.where for line in made.ledger} == {"gpu", "host", "disk"}
 
 
 def test_planning_is_quick_and_needs_no_torch() -> None:
@@ -74,14 +117,14 @@ def test_planning_is_quick_and_needs_no_torch() -> None:
         "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules), sorted(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
     started = time.perf_counter()
     plan("llama-405b", 20 * GIB, batch_size=16, recompute="none", quant="none")
     assert time.perf_counter() - started < 0.5  # 0.03 s alone on a core
 
 
 def test_one_byte_too_little_is_refused_with_the_shortfall_and_the_way_out() -> None:
-    fixed = {"batch_size": 8, "recompute": "none", "max_seq_len": 512}
+    fixed = {"batch_size": 8, "recompute": "none", "max_seq_len": 512, "fit": "resident", "optimizer": "adamw"}
     need = plan(gpu=2**50, **fixed).peak_bytes
     assert plan(gpu=need, **fixed).fits
     short = plan(gpu=need - 1, **fixed)
@@ -89,57 +132,58 @@ def test_one_byte_too_little_is_refused_with_the_shortfall_and_the_way_out() -> 
     error = refusal(short)
     assert isinstance(error, BudgetError) and error.exit_code == 3 and error.plan is short
     assert "--recompute layer (" in error.next_step and "--batch-size 1 --grad-accum 16 (" in error.next_step
-    assert "--optimizer adamw8bit (" in error.next_step and "--max-seq-len 448 (" in error.next_step
+    assert "--max-seq-len 448 (" in error.next_step and error.next_step.count("--fit prune") == 1
+    streamed = refusal(plan("llama-70b", 20 * GIB, fit="resident"))
+    assert "--fit stream (" in streamed.next_step and "of host memory)" in streamed.next_step
 
 
 def test_refusal_without_a_way_out_says_so() -> None:
-    error = refusal(plan("llama-70b", 20 * GIB))
-    assert "Nothing resident fits" in error.next_step and "20.0 GiB" in error.fact
+    error = refusal(plan("llama-70b", 3 * GIB))
+    assert "Nothing fits" in error.next_step and "3.0 GiB" in error.fact
 
 
 def test_alternatives_are_true_when_taken() -> None:
-    fixed: dict[str, Any] = {"batch_size": 4, "recompute": "none", "max_seq_len": 4096, "grad_accum": 2}
-    made = plan(gpu=11 * GIB, **fixed)
+    fixed: dict[str, Any] = {
+        "batch_size": 4, "recompute": "none", "max_seq_len": 4096, "grad_accum": 2, "fit": "resident",
+        "optimizer": "adamw",
+    }  # fmt: skip
+    made = plan(gpu=10 * GIB, **fixed)
     resident = [row for row in made.alternatives if row.fit == "resident"]
     assert resident and any(row.fits for row in resident) and not all(row.fits for row in resident)
     for row in resident:
         words = row.why.split()
         flags = {flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
-        taken = plan(gpu=11 * GIB, **{**fixed, **flags})
+        taken = plan(gpu=10 * GIB, **{**fixed, **flags})
         assert (taken.fits, taken.peak_bytes) == (row.fits, row.peak_bytes)
         assert row.peak_bytes is not None and row.peak_bytes < made.peak_bytes
 
 
 def test_the_first_changes_that_suffice_are_joined() -> None:
-    made = plan(gpu=11 * GIB, batch_size=4, grad_accum=2, recompute="none", max_seq_len=4096)
+    fixed: dict[str, Any] = {
+        "batch_size": 4, "grad_accum": 2, "recompute": "none", "max_seq_len": 4096, "fit": "resident",
+        "optimizer": "adamw",
+    }  # fmt: skip
+    made = plan(gpu=7 * GIB, **fixed)
     assert "--recompute layer --batch-size 1 --grad-accum 8" in [row.why for row in made.alternatives if row.fits]
-    enough = plan(gpu=20 * GIB, batch_size=4, grad_accum=2, recompute="none", max_seq_len=4096)
-    assert [row.why for row in enough.alternatives if row.fits] == ["--recompute layer", "--max-seq-len 704"]
+    enough = plan(gpu=20 * GIB, **fixed)
+    assert "--recompute layer" in [row.why for row in enough.alternatives if row.fits]
 
 
 def test_a_shorter_sequence_is_the_longest_that_fits() -> None:
-    made = plan(gpu=9 * GIB, max_seq_len=16_384)
+    made = plan(gpu=7 * GIB, max_seq_len=32_768, fit="resident")
     row = next(row for row in made.alternatives if "--max-seq-len" in row.why)
     length = int(row.why.split()[-1])
     assert row.fits and length % 64 == 0
-    assert plan(gpu=9 * GIB, max_seq_len=length).fits
-    assert not plan(gpu=9 * GIB, max_seq_len=length + 64).fits
+    assert plan(gpu=7 * GIB, max_seq_len=length, fit="resident").fits
+    assert not plan(gpu=7 * GIB, max_seq_len=length + 64, fit="resident").fits
 
 
 @pytest.mark.parametrize(
-    ("fields", "flag"), [({"quant": "none"}, "--quant nf4"), ({"dtype": "fp32"}, "--dtype bf16"), ({}, "--optimizer")]
+    ("fields", "flag"),
+    [({"quant": "none"}, "--quant nf4"), ({"dtype": "fp32"}, "--dtype bf16"), ({"optimizer": "adamw"}, "--optimizer")],
 )
 def test_what_was_fixed_large_is_offered_smaller(fields: dict[str, Any], flag: str) -> None:
-    assert any(flag in row.why for row in plan("llama-70b", 20 * GIB, **fields).alternatives)
-
-
-def test_streaming_and_pruning_are_named_as_not_there_yet() -> None:
-    for made in (plan(), plan("llama-70b", 20 * GIB)):
-        rows = {row.fit: row for row in made.alternatives if row.fit != "resident"}
-        assert set(rows) == {"stream", "prune"}
-        assert all(
-            not row.fits and row.peak_bytes is None and "not in this version yet" in row.why for row in rows.values()
-        )
+    assert any(flag in row.why for row in plan("llama-70b", 20 * GIB, fit="resident", **fields).alternatives)
 
 
 def test_too_little_host_memory_is_a_refusal_of_its_own() -> None:
@@ -158,9 +202,13 @@ def test_reasons_say_why() -> None:
     assert "a CPU gains no speed beyond 4096 tokens" in reasons(device="cpu", model="qwen2.5-0.5b", max_seq_len=512)
     assert "a CPU gains" not in reasons(device="cpu", model="qwen2.5-0.5b", max_seq_len=64)
     assert "No recomputation" in reasons()
-    assert "keeping every activation needs" in reasons(gpu=12 * GIB)
+    assert "The MLPs are computed again" in reasons(gpu=12 * GIB)
+    assert "Layers are computed again" in reasons(gpu=7 * GIB)
+    assert "8-bit states" in reasons(gpu=6 * GIB, max_seq_len=512, fit="resident")
     assert "longer than the 4096 positions" in reasons(model="llama-2-7b", max_seq_len=8192, batch_size=1)
-    assert reasons(batch_size=1, recompute="layer") == ""
+    known = MemoryBudget(24 * GIB, 64 * GIB, GIB, "cuda", "rtx4090")
+    fixed = make_recipe({"batch_size": 1, "recompute": "layer", "offload_activations": "off", "optimizer": "adamw"})
+    assert make_plan(preset("llama-3.1-8b"), fixed, known).reasons == ()
 
 
 def test_a_clipped_budget_is_told() -> None:
@@ -188,7 +236,10 @@ def test_resolve_fills_in_what_was_open_and_nothing_else() -> None:
     assert (full.max_seq_len, full.batch_size, full.grad_accum, full.dtype) == (2048, 16, 1, "bf16")
     assert (full.recompute, full.lr) == ("none", 2e-4)
     changed = {key for key, value in full if value != getattr(recipe, key)}
-    assert changed == {"max_seq_len", "batch_size", "grad_accum", "dtype", "recompute", "lr"}
+    assert changed == {
+        "max_seq_len", "batch_size", "grad_accum", "dtype", "recompute", "lr", "fit", "optimizer",
+        "offload_activations",
+    }  # fmt: skip
     again = make_plan(preset("llama-3.1-8b"), full, PLENTY)
     assert again.settings == made.settings and again.ledger == made.ledger
 
@@ -235,7 +286,7 @@ budgets = st.builds(
     device=st.sampled_from(["cpu", "cuda"]),
 )
 # Planning takes milliseconds, the first example of a cold process longer.
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=25, deadline=None)
 
 
 @quick
@@ -245,13 +296,16 @@ def test_every_plan_is_consistent(spec: ModelSpec, fields: dict[str, Any], budge
     made = make_plan(spec, recipe, budget)
     assert sum(line.bytes for line in made.ledger if line.where == "gpu") == made.peak_bytes
     assert sum(line.bytes for line in made.ledger if line.where == "host") == made.host_peak_bytes
-    assert {line.where for line in made.ledger} <= {"gpu", "host"} and all(line.bytes > 0 for line in made.ledger)
+    assert {line.where for line in made.ledger} <= {"gpu", "host", "disk"} and all(
+        line.bytes > 0 for line in made.ledger
+    )
     assert made.fits == (made.peak_bytes <= budget.gpu_bytes and made.host_peak_bytes <= budget.host_bytes)
     assert made.micro_batch_tokens == made.settings.batch_size * made.settings.max_seq_len
     assert made.overhead_bytes <= made.peak_bytes
     if not made.fits:
         assert "short" in refusal(made).fact
-        assert all(row.peak_bytes < made.peak_bytes for row in made.alternatives if row.peak_bytes is not None)
+        flagged = [row for row in made.alternatives if not row.why.startswith(("--fit", "At "))]
+        assert all(row.peak_bytes < made.peak_bytes for row in flagged)
 
 
 @quick
@@ -284,14 +338,21 @@ def test_peak_grows_with_tokens_rank_and_layers(
     assert large.peak_bytes > small.peak_bytes
 
 
+RANKS = ("resident", "stream", "prune")
+
+
+def quality(made: Plan) -> tuple[bool, int, bool, float, float]:
+    """Larger is better: fits, exact and resident first, 32-bit states, little pruned, fast."""
+    exact = made.settings.optimizer == "adamw"
+    return made.fits, -RANKS.index(made.fit), exact, -(made.prune_ratio or 0), made.tokens_per_second_estimate
+
+
 @quick
-@given(specs(), fixed_fields, st.integers(0, 2**30), st.integers(0, 2**34), st.sampled_from(["cpu", "cuda"]))
-def test_a_larger_budget_never_gives_a_slower_plan(
-    spec: ModelSpec, fields: dict[str, Any], slack: int, more: int, device: Any
+@given(specs(), fixed_fields, st.integers(20, 36), st.floats(1, 3), st.sampled_from(["cpu", "cuda"]))
+def test_a_larger_budget_never_gives_a_worse_plan(
+    spec: ModelSpec, fields: dict[str, Any], power: int, times: float, device: Any
 ) -> None:
     recipe = make_recipe(fields)
-    least = make_plan(spec, recipe, MemoryBudget(1, 2**60, 0, device)).peak_bytes
-    small = make_plan(spec, recipe, MemoryBudget(least + slack, 2**60, 0, device))
-    large = make_plan(spec, recipe, MemoryBudget(least + slack + more, 2**60, 0, device))
-    assert small.fits and large.fits
-    assert time_per_token(large.settings, recipe) <= time_per_token(small.settings, recipe)
+    small = make_plan(spec, recipe, MemoryBudget(2**power, 2**60, 0, device))
+    large = make_plan(spec, recipe, MemoryBudget(int(2**power * times), 2**60, 0, device))
+    assert not small.fits or quality(large) >= quality(small)

@@ -9,7 +9,8 @@ from effitrain.core.errors import InputError
 from effitrain.core.presets import find_preset, preset_names
 from effitrain.core.spec import spec_from_config
 from effitrain.io import synthetic
-from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
+from effitrain.io.nf4 import nf4_code
+from effitrain.io.synthetic import NF4_RMS, SyntheticCheckpoint, shapes_of
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 SHAPES = {

@@ -1,0 +1,87 @@
+"""How fast a step would be, from stated rates: for choosing between plans and for people, never for a promise.
+
+Letters: W weights of the decoder linears, T tokens of a micro-batch, h hidden size, S tokens of a sample.
+"""
+
+from dataclasses import dataclass
+
+from effitrain.core.cards import Rates
+from effitrain.core.ledger import Settings
+from effitrain.core.memory import blob_bytes
+from effitrain.core.recipe import Recipe
+from effitrain.core.spec import LayerSpec, ModelSpec
+
+# Share of its peak that a card reaches in QLoRA training: fsdp_qlora's run of 70B on two RTX 4090, 98 of 165 TFLOP/s.
+EFFICIENCY = 0.6
+# Bytes moved to dequantise one weight to 16 bits: 0.516 read, 2 written.
+DEQUANT_BYTES = 2.516
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one micro-batch's forward and backward pass: computing, and copying streamed layers."""
+
+    forward: float
+    backward: float
+    copy: float
+
+    @property
+    def total(self) -> float:
+        """Copies run beside the computation; each pass takes the longer of the two."""
+        return max(self.forward, self.copy) + max(self.backward, self.copy)
+
+    @property
+    def hidden_share(self) -> float:
+        """Share of the copies' time that computation covers; 1 where there are none."""
+        if not self.copy:
+            return 1.0
+        return (min(self.forward, self.copy) + min(self.backward, self.copy)) / (2 * self.copy)
+
+
+def step_time(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates) -> StepTime:
+    """The time of a micro-batch."""
+    once = sum(count * _layer(layer, spec, settings) for layer, count in spec.shapes)
+    again = sum(count * _again(layer, spec, settings) for layer, count in spec.shapes)
+    head = 2 * settings.tokens * spec.embedding_params
+    dequant = DEQUANT_BYTES * spec.linear_params / rates.memory if recipe.quant == "nf4" else 0.0
+    share = again / once
+    forward = (once + 2 * head) / (EFFICIENCY * rates.flops) + dequant  # the loss brings its gradient along
+    backward = (once + again) / (EFFICIENCY * rates.flops) + (1 + share) * dequant
+    return StepTime(forward, backward, _copy(spec, recipe, settings, rates))
+
+
+def tokens_per_second(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates) -> float:
+    """Estimated speed of training."""
+    return settings.tokens / step_time(spec, recipe, settings, rates).total
+
+
+def tokens_to_hide(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates) -> int:
+    """Tokens of a micro-batch from which the copies vanish behind the forward pass; 0 where nothing is copied."""
+    time = step_time(spec, recipe, settings, rates)
+    return round(settings.tokens * time.copy / time.forward)
+
+
+def _layer(layer: LayerSpec, spec: ModelSpec, settings: Settings) -> float:
+    """FLOP of a layer's forward pass; that of its inputs' gradients is the same. Causal attention does half."""
+    queries = next(linear.out_features for linear in layer.linears if linear.leaf == "q_proj")
+    return settings.tokens * (2 * layer.weights + 2 * settings.max_seq_len * queries)
+
+
+def _again(layer: LayerSpec, spec: ModelSpec, settings: Settings) -> float:
+    """FLOP of what is computed again: all but ``down_proj``, whose output is not needed, or gate and up alone."""
+    if settings.recompute == "none":
+        return 0.0
+    sizes = {linear.leaf: linear.weights for linear in layer.linears}
+    if settings.recompute == "mlp":
+        return 2 * settings.tokens * (sizes["gate_proj"] + sizes["up_proj"])
+    return _layer(layer, spec, settings) - 2 * settings.tokens * sizes["down_proj"]
+
+
+def _copy(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates) -> float:
+    """Seconds of one pass over the streamed layers, and of the layer inputs that share the link with them."""
+    inputs = spec.num_layers * settings.tokens * spec.hidden * settings.width if settings.offload else 0
+    if not settings.streamed and not inputs:
+        return 0.0
+    blob = max(blob_bytes(layer, recipe, settings) for layer, _ in spec.shapes)
+    over_link = settings.streamed * blob + inputs
+    return max(over_link / rates.link, settings.on_disk * blob / rates.disk)

@@ -1,0 +1,72 @@
+"""The ways to make a model fit, from the exact and fast to the approximate, each with the settings it leaves open."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from effitrain.core.budget import MemoryBudget
+from effitrain.core.choices import Choice, Weights, best, list_choices
+from effitrain.core.cut import cut_spec
+from effitrain.core.recipe import Recipe
+from effitrain.core.spec import ModelSpec
+
+# Ratios that are tried: those of LoRAM (Zhang et al. 2025, table 4), and a half.
+PRUNE_RATIOS = (0.5, 0.65, 0.75, 0.85, 0.95)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way: the model as it is trained (pruned, or whole), and where its frozen weights live."""
+
+    fit: Literal["resident", "stream", "prune"]
+    weights: Weights
+    spec: ModelSpec
+    recipe: Recipe
+    budget: MemoryBudget
+    prune_ratio: float | None = None
+
+    @cached_property
+    def choices(self) -> list[Choice]:
+        """Every combination of settings that the recipe leaves open."""
+        return list_choices(self.spec, self.recipe, self.budget, self.weights)
+
+    @cached_property
+    def best(self) -> Choice:
+        """The fastest of them that fits, else the leanest."""
+        return best(self.choices, self.budget)
+
+    @property
+    def fits(self) -> bool:
+        """Whether any of them does."""
+        return self.best.fits(self.budget)
+
+    @property
+    def shortage(self) -> tuple[int, int]:
+        """Bytes that are missing on the device and on the host."""
+        device, host = self.best.peak - self.budget.gpu_bytes, self.best.host_peak - self.budget.host_bytes
+        return max(0, device), max(0, host)
+
+
+def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> list[Way]:
+    """The ways that ``recipe`` allows, best first: resident, streamed, pruned, and pruned and streamed.
+
+    ``--prefer fast`` puts pruning before streaming.
+
+    Raises:
+        InputError: the recipe's ratio or exempt layers leave nothing to prune.
+    """
+    can_stream = recipe.recompute in ("auto", "layer")
+    ratios = PRUNE_RATIOS if recipe.prune_ratio is None else (recipe.prune_ratio,)
+    resident = [Way("resident", "resident", spec, recipe, budget)] if recipe.resident_layers is None else []
+    stream = [Way("stream", "streamed", spec, recipe, budget)] if can_stream else []
+    prune: list[Way] = []
+    if recipe.fit == "prune" or (recipe.fit == "auto" and spec.num_layers > 2):
+        cut = {ratio: cut_spec(spec, ratio, recipe.prune_parts, recipe.prune_exempt) for ratio in ratios}
+        kept: tuple[Weights, ...] = ("resident", "streamed") if can_stream else ("resident",)
+        kept = kept if recipe.resident_layers is None else ("streamed",)
+        prune = [Way("prune", weights, cut[ratio], recipe, budget, ratio) for weights in kept for ratio in ratios]
+    if recipe.fit != "auto":
+        return {"resident": resident, "stream": stream, "prune": prune}[recipe.fit]
+    if recipe.prune_ratio is not None:  # who names a ratio wants it
+        return prune
+    return [*resident, *prune, *stream] if recipe.prefer == "fast" else [*resident, *stream, *prune]
