@@ -197,6 +197,8 @@ def _explain_recomputation(way: Way, choice: Choice, budget: MemoryBudget) -> It
     plain = dataclasses.replace(
         choice.settings, recompute="none", offload=False, optimizer=way.recipe.optimizer or "adamw"
     )
-    kept = next(other for other in way.choices if other.settings == plain)
+    kept = next(
+        (f": keeping every activation needs {format_bytes(o.peak)}" for o in way.choices if o.settings == plain), ""
+    )
     what = {"mlp": "The MLPs are", "layer": "Layers are"}[level]
-    yield f"{what} computed again in the backward pass: keeping every activation needs {format_bytes(kept.peak)}."
+    yield f"{what} computed again in the backward pass{kept}."
