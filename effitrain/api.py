@@ -18,6 +18,7 @@ from effitrain.core.errors import BudgetError, InputError
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
 from effitrain.core.report import Report
+from effitrain.core.spec import spec_from_config
 from effitrain.core.units import format_bytes
 from effitrain.data.batches import Batches, longest
 from effitrain.data.prepare import PreparedData, check_data, prepare_data
@@ -25,7 +26,7 @@ from effitrain.evals.chat import ChatSession
 from effitrain.evals.perplexity import Evaluation, evaluate_loss
 from effitrain.io.atomic import remove_stale, write_json, write_text
 from effitrain.io.checkpoint import open_checkpoint
-from effitrain.io.hub import fetch_weights
+from effitrain.io.hub import fetch_weights, find_model
 from effitrain.io.machine import find_budget
 from effitrain.io.run_folder import RunFolder, open_run
 from effitrain.model.decoder import Decoder
@@ -47,9 +48,10 @@ from effitrain.train.job import Job, assemble, chosen, make_batches, resume, sav
 from effitrain.train.loop import train
 from effitrain.train.memory import Meter, cap_memory
 from effitrain.train.probe import probe
+from effitrain.train.proof import proved
 from effitrain.train.state import TrainState, check_checkpoint, checkpoints
 
-__all__ = ["Events", "chat", "evaluate", "export", "plan", "recipe", "run"]
+__all__ = ["Events", "chat", "evaluate", "export", "plan", "prove", "recipe", "run"]
 
 
 class Events:
@@ -77,13 +79,22 @@ class Events:
         """A step is done."""
 
 
-def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False) -> Report | None:
+def prove(recipe: Recipe) -> Plan:
+    """The plan of ``recipe`` with its ``proof``: the real training step run on shapes alone, every tensor counted."""
+    made = plan(recipe)
+    source = find_model(recipe.model)
+    spec = spec_from_config(source.config, recipe.model)
+    return proved(made, spec, source.config, recipe, "cuda" if made.overhead_bytes else "cpu")
+
+
+def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, prove_plan: bool = False) -> Report | None:
     """Plan, load, train, evaluate, report. The run folder is the state: the same call goes on after a kill.
 
     Args:
         recipe: what to do.
         events: told of progress.
         dry_run: stop after the plan, and return None.
+        prove_plan: run the step on shapes first, as ``prove`` does.
 
     Raises:
         InputError: something asked for is wrong or missing.
@@ -107,6 +118,8 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False) -> 
     asked, recipe = recipe, _as_before(recipe, folder)
     budget = find_budget(recipe)
     the_plan = make_plan(base.spec, recipe, budget)
+    if prove_plan and the_plan.fits:
+        the_plan = proved(the_plan, base.spec, base.source.config, recipe, budget.device)
     events.planned(the_plan)
     if not the_plan.fits:
         raise refusal(the_plan)

@@ -22,6 +22,7 @@ LOSS_CHUNK_BYTES, LOSS_MIN_ROWS = 64 * 2**20, 16
 PROCESS_BYTES = {"cpu": 2**30, "cuda": 2 * 2**30}
 # Streamed layers are aligned for direct reads, and visit so many slots on the device.
 PAGE, SLOTS = 4096, 3
+OVERHEAD = "context and slack"
 
 
 def make_ledger(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> tuple[LedgerLine, ...]:
@@ -34,7 +35,7 @@ def make_ledger(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: Mem
         *_frozen(spec, recipe, settings),
         *_tables(spec, settings, budget.device),
         *_adapters(spec, recipe, settings),
-        _gpu("context and slack", budget.overhead_bytes, "CUDA context, workspaces, allocator slack"),
+        _gpu(OVERHEAD, budget.overhead_bytes, "CUDA context, workspaces, allocator slack"),
     )
     forward = _activations(spec, recipe, settings)
     moments = (

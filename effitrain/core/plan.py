@@ -52,7 +52,7 @@ class Plan:
     ledger: tuple[LedgerLine, ...]
     alternatives: tuple[Alternative, ...]
     reasons: tuple[str, ...]
-    proof: Mapping[str, float] | None
+    proof: Mapping[str, Any] | None
     settings: Settings
     tokens_per_second_estimate: float
 

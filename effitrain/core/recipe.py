@@ -16,7 +16,6 @@ from effitrain.core.units import parse_bytes
 # Flags of the published command line whose feature this version does not have yet, and that feature.
 LATER = {
     "stream_order": "layer streaming",
-    "prove": "the symbolic proof of the plan",
     "mlp_tiles": "tiled MLPs for long context",
     "prune_score": "pruning",
     "prune_method": "pruning",

@@ -17,7 +17,10 @@ from torch.optim import Optimizer
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
-from effitrain.core.memory import MIN_8BIT, STATE_BLOCK
+from effitrain.core.cut import cut_spec
+from effitrain.core.ledger import GPU
+from effitrain.core.memory import MIN_8BIT, OVERHEAD, STATE_BLOCK
+from effitrain.core.plan import Plan, resolve
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import LayerSpec, ModelSpec
 from effitrain.data.batches import MicroBatch
@@ -30,6 +33,15 @@ from effitrain.train.loss import loss_sum
 from effitrain.train.memory import StorageTracker, model_tensors, optimizer_tensors
 from effitrain.train.optim import make_optimizer
 
+STEP = "the step"
+COMPONENTS = {
+    "frozen weights": (
+        "frozen linears", "NF4 offsets", "embedding", "embedding, tied to the head", "head", "norms and biases",
+    ),
+    "adapters and their gradients": ("adapter weights", "adapter gradients"),
+    "optimizer states": ("optimizer states",),
+    STEP: (),
+}  # fmt: skip
 KEPT = 2  # layers of each kind that are run; one more of a kind shows what it adds
 
 
@@ -63,6 +75,35 @@ class Tracked:
     def plus(self, other: "Tracked", times: int) -> "Tracked":
         """Every figure with ``times`` the other's added."""
         return Tracked(*(a + times * b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def proved(plan: Plan, spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe, device: str) -> Plan:
+    """``plan`` with its proof: the same step tracked, the context and slack of the plan added.
+
+    Args:
+        plan: made from ``recipe``.
+        spec: the full-size model's shape.
+        config: its config.json.
+        recipe: as asked.
+        device: ``cpu`` or ``cuda``.
+    """
+    full = resolve(recipe, plan)
+    trained = (
+        spec if plan.prune_ratio is None else cut_spec(spec, plan.prune_ratio, full.prune_parts, full.prune_exempt)
+    )
+    tracked = track(trained, config, full, device)
+    held = (tracked.frozen, tracked.adapters, tracked.optimizer)
+    parts = dict(zip(COMPONENTS, (*held, tracked.peak - sum(held)), strict=True))
+    predicted = Counter[str]()
+    for line in plan.ledger:
+        if line.where == GPU and line.what != OVERHEAD:
+            predicted[next((part for part, lines in COMPONENTS.items() if line.what in lines), STEP)] += line.bytes
+    components = [
+        {"what": part, "predicted_bytes": predicted[part], "tracked_bytes": size} for part, size in parts.items()
+    ]
+    error = sum(predicted.values()) / tracked.peak - 1
+    proof = {"peak_bytes": tracked.peak + plan.overhead_bytes, "error": error, "components": components}
+    return replace(plan, proof=proof)
 
 
 def track(spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe, device: str) -> Tracked:
