@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,15 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage: ") == len(VERBS) + 1 and not done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_help_answers_in_half_a_second(arguments):
+    """CPU seconds, which on a machine of one's own are all: waiting for a core that others use does not count."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([Path(sys.executable).with_name("effitrain"), *arguments], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def planned(effitrain, *arguments: object) -> dict:
