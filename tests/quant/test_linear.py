@@ -77,3 +77,14 @@ def test_weight_slice_and_what_pytorch_sees():
     with pytest.raises(RuntimeError, match="before its weight"):
         FrozenLinear(linear.spec)(torch.randn(1, 64))
     assert isinstance(linear, nn.Module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("lead", [(5,), (2, 3)])
+def test_an_adapter_may_add_to_the_output_in_place(dtype, bias, lead):
+    """With a bias F.linear gives a view, which stopped every LoRA run on Qwen2."""
+    linear, _ = _linear(96, 64, True, bias, dtype)
+    x = torch.randn(*lead, 64, dtype=dtype, requires_grad=True)
+    expected = linear(x).detach() + 1
+    assert torch.equal(linear(x).add_(1), expected)
