@@ -1,5 +1,9 @@
 """The weights in a layer's blob of bytes, as tensors that share its memory."""
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -21,12 +25,24 @@ def parts_of(weight: Weight) -> list[Tensor]:
     return [weight]
 
 
-def part_bytes(part: Part, tensor: Tensor) -> Tensor:
-    """The bytes of ``tensor``, uint8 [part.nbytes] on the host.
+def write_blob(path: Path, layout: Layout, read: Callable[[Field], Weight]) -> None:
+    """Write the blob of ``layout`` to a new file, asking ``read`` for one weight after the other.
 
     Raises:
-        ValueError: it is not what the layout says of this part.
+        ValueError: a weight is not what the layout says.
+        OSError: the place cannot be written.
     """
+    with path.open("wb") as file:
+        for field in layout.fields:
+            for part, tensor in zip(field.parts, parts_of(read(field)), strict=True):
+                file.seek(part.start)
+                file.write(_bytes(part, tensor).numpy().data)
+        file.truncate(layout.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes(part: Part, tensor: Tensor) -> Tensor:
     if (str(tensor.dtype), tuple(tensor.shape)) != (f"torch.{part.dtype}", part.shape):
         raise ValueError(f"came as {tensor.dtype} {tuple(tensor.shape)}, the layout says {part.dtype} {part.shape}")
     return tensor.contiguous().cpu().reshape(-1).view(torch.uint8)

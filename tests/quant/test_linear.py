@@ -29,6 +29,17 @@ def test_nf4_is_bitsandbytes_bit_for_bit(shape, dtype):
     assert torch.equal(dequantize(ours, dtype), bnb.dequantize_4bit(packed, state))
 
 
+def test_chunks_leave_no_seam(monkeypatch):
+    from effitrain.quant import nf4
+
+    monkeypatch.setattr(nf4, "_CHUNK", 4096)
+    weight = torch.randn(300, 101)
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    ours = quantize(weight)
+    assert torch.equal(ours.packed, packed) and torch.equal(ours.absmax, state.absmax)
+    assert torch.equal(ours.nested_absmax, state.state2.absmax) and torch.equal(ours.offset, state.offset)
+
+
 def test_quantising_again_changes_nothing():
     once = dequantize(quantize(torch.randn(128, 192)), torch.float32)
     torch.testing.assert_close(dequantize(quantize(once), torch.float32), once, rtol=0, atol=once.abs().max() * 0.01)
