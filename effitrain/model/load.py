@@ -2,20 +2,24 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec, spec_from_config
 from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.hub import ModelSource, check_weights, fetch_weights, find_model
+from effitrain.io.store import StoreKey, default_store_dir
 from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
 from effitrain.io.tokenizer import load_tokenizer
 from effitrain.model.decoder import Decoder, build
 from effitrain.quant.linear import FrozenLinear
 from effitrain.quant.read import DTYPES, Weights, read_dense, read_frozen
+from effitrain.stream.build import ensure_store
 from effitrain.stream.fresh import FreshLayers
 from effitrain.stream.host import HostLayers, LayerSource
 from effitrain.stream.placement import Placement
@@ -51,8 +55,13 @@ class Base:
         """Its tensors; ``quant`` and ``dtype`` say in which form synthetic ones are made."""
         if self.synthetic_seed is not None:
             return SyntheticCheckpoint(shapes_of(self.spec), self.synthetic_seed, quant == "nf4", dtype)
+        return open_checkpoint(self.folder)
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
         assert self.source.folder is not None
-        return open_checkpoint(self.source.folder)
+        return self.source.folder
 
     def tokenizer(self) -> Any:
         """Its tokenizer; the built-in one for synthetic weights of a model that is not here."""
@@ -83,21 +92,51 @@ def load_model(
     device: torch.device,
     progress: Callable[[str], None] = lambda name: None,
     placement: Placement | None = None,
+    stored: Callable[[int, int], None] = lambda done, parts: None,
 ) -> Decoder:
     """Build and fill the model as ``recipe`` (resolved) says; on a card an untied embedding stays in host memory.
 
-    ``placement``: which layers only visit the device; None puts all of them there for good.
+    Args:
+        base: with its files on disk.
+        recipe: with every choice made.
+        device: where to.
+        progress: told each layer that is in place.
+        placement: which layers only visit the device; None puts all of them there for good.
+        stored: told how many parts of the store are done, of how many, while it is built.
+
+    Raises:
+        InputError: the weights are damaged or of another shape, or their store cannot be built.
     """
     dtype = DTYPES[recipe.dtype]
     decoder = build(base.spec, base.source.config, base.name)
-    weights = base.weights(recipe.quant, dtype)
     host_embedding = device.type == "cuda" and not base.spec.tied
-    streamed = placement.streamed if placement else ()
-    fill(decoder, weights, recipe.quant, dtype, device, host_embedding, progress, streamed)
-    if placement:
-        source = FreshLayers(base.spec, weights, recipe.quant, recipe.dtype)
-        stream(decoder, source, placement, device, progress)
-    return decoder
+    if placement is None:
+        return fill(decoder, base.weights(recipe.quant, dtype), recipe.quant, dtype, device, host_embedding, progress)
+    weights, source = _streamable(base, recipe, placement, stored)
+    fill(decoder, weights, recipe.quant, dtype, device, host_embedding, progress, placement.streamed)
+    return stream(decoder, source, placement, device, progress)
+
+
+def _streamable(
+    base: Base, recipe: Recipe, placement: Placement, stored: Callable[[int, int], None]
+) -> tuple[Weights, LayerSource]:
+    """The weights of ``base``, and the same as a source of whole layers: its store, or synthetic ones made on the way.
+
+    Raises:
+        InputError: synthetic weights do not fit host memory.
+    """
+    if base.synthetic_seed is None:
+        checkpoint = open_checkpoint(base.folder)
+        key = StoreKey(base.name, checkpoint.fingerprint(), recipe.quant, recipe.dtype)
+        store = ensure_store(default_store_dir(), key, base.spec, checkpoint, stored)
+        return store, store
+    if placement.on_disk:
+        raise InputError(
+            f"{len(placement.on_disk)} layers do not fit host memory, and synthetic weights have no place on disk.",
+            next_step="Raise --host-mem, or plan alone with `effitrain plan`.",
+        )
+    weights = base.weights(recipe.quant, DTYPES[recipe.dtype])
+    return weights, FreshLayers(base.spec, weights, recipe.quant, recipe.dtype)
 
 
 def stream(

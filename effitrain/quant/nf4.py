@@ -13,7 +13,6 @@ from torch import Tensor
 
 from effitrain.io.nf4 import BLOCK, NESTED_BLOCK, NF4Tensor, dynamic_code
 
-
 _CHUNK = 2**20  # weights quantised at once: on a CPU bitsandbytes takes temporaries of 20 bytes for each
 
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from effitrain.stream.schedule import Copy, Schedule, Use, schedule
@@ -24,6 +25,9 @@ class Mover(Protocol):
         """Begin to fill ``slot`` with the bytes of ``layer``, when the device has done what ``release`` marked; how
         many bytes.
         """
+
+    def prepare(self, layer: int) -> None:
+        """``layer`` will be moved next."""
 
     def acquire(self, slot: int) -> None:
         """What is asked of the device from here on waits until ``slot`` is filled."""
@@ -146,14 +150,16 @@ class Engine:
         while self._issued < len(copies) and self._may_begin(copies[self._issued]):
             copy = copies[self._issued]
             self._issued += 1
-            self.worker.add(lambda copy=copy: self._copy(copy))  # type: ignore[misc]
+            self.worker.add(partial(self._copy, copy, copies[self._issued : self._issued + 1]))
 
     def _may_begin(self, copy: Copy) -> bool:
         return copy.after <= self._freed
 
-    def _copy(self, copy: Copy) -> None:
+    def _copy(self, copy: Copy, following: Sequence[Copy]) -> None:
         try:
             self._holds[copy.slot] = None  # before the first byte changes
+            for other in following:
+                self.mover.prepare(other.layer)
             start = self.mover.mark("copy")
             size = self.mover.move(copy.layer, copy.slot)
             self._holds[copy.slot] = copy.layer

@@ -58,3 +58,8 @@ class HostLayers:
     def nbytes(self) -> int:
         """Host memory taken."""
         return sum(blob.nbytes for blob in self.blobs.values())
+
+    def read_ahead(self, layer: int) -> None:
+        """``layer`` will be asked for soon: have the system read it when it is on disk."""
+        if layer not in self.blobs:
+            self.source.read_ahead(layer)

