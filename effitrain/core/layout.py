@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from effitrain.core.ledger import DTYPE_BYTES
 from effitrain.core.spec import LayerSpec
 
 NF4 = "nf4"
@@ -70,12 +69,6 @@ def layer_layout(layer: LayerSpec, form: Callable[[str], str]) -> Layout:
             end = parts[-1].start + parts[-1].nbytes
         fields.append(Field(linear.name, kind, shape, tuple(parts)))
     return Layout(tuple(fields), _up(end, PAGE))
-
-
-def blob_bytes(layer: LayerSpec, quant: str, dtype: str) -> int:
-    """Bytes of a layer's blob when its linears are quantised as ``quant`` says, else in ``dtype`` (``bf16``, ...)."""
-    assert dtype in DTYPE_BYTES
-    return layer_layout(layer, lambda name: NF4 if quant == NF4 else dtype).nbytes
 
 
 def _nf4_parts(weights: int) -> list[tuple[str, tuple[int, ...]]]:
