@@ -1,6 +1,7 @@
 """A store is there whole, says what it is, and names what is wrong with it."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_a_blob_is_its_weights(tiny_model, tmp_path, form):
         for a, b in zip(parts_of(found[name]), parts_of(weight), strict=True):
             assert torch.equal(a, b) and a.data_ptr() % 16 == 0 and a.shape == b.shape
     parts = sorted((part for field in layout.fields for part in field.parts), key=lambda part: part.start)
-    assert all(a.start + a.nbytes <= b.start and b.start % 256 == 0 for a, b in zip(parts, parts[1:], strict=False))
+    assert all(a.start + a.nbytes <= b.start and b.start % 256 == 0 for a, b in pairwise(parts))
     with pytest.raises(ValueError, match="the layout says"):
         write_blob(tmp_path / "other", layout, lambda field: torch.zeros(3))
 
@@ -72,7 +73,7 @@ def test_a_store_gives_what_the_checkpoint_gives(built, family, quant, dtype):
 
 
 def test_it_is_found_again_listed_and_removed(built, tmp_path):
-    store, checkpoint = built()
+    store, _ = built()
     assert find_store(tmp_path, store.key) == store and built()[0] == store
     other = StoreKey(store.key.name, store.key.source, "nf4", "bf16")
     assert find_store(tmp_path, other) is None and len({other.folder, store.key.folder}) == 2

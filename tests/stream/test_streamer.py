@@ -170,3 +170,16 @@ def test_evaluation_streams_too(resident, trial, micro_batches):
     with torch.no_grad():
         a, b = (t.decoder.eval()(batch.input_ids, batch.position_ids, batch.segments) for t in (whole, streamed))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_a_real_model(data_dir, trial, micro_batches, sleepy, slots, quant):
+    folder = data_dir / "models" / "stories3M"
+    whole = trial(folder, None, quant)
+    layers, batches = len(whole.decoder.layers), micro_batches(2, vocab=100)
+    expected = whole.step(batches)
+    for count in range(0, layers, 2):
+        streamed = sleepy(trial(folder, place(layers, count, slots), quant), count)
+        for by_layer in (False, True):
+            assert equal(streamed.step(batches, by_layer), expected)
