@@ -3,7 +3,8 @@
 ``run`` reads top to bottom: what is asked, whether it can be had, the plan, then the plan carried out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.errors import BudgetError, InputError
+from effitrain.core.memory import SLOTS
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
 from effitrain.core.report import Report
@@ -32,7 +34,9 @@ from effitrain.io.run_folder import RunFolder, open_run
 from effitrain.model.decoder import Decoder
 from effitrain.model.load import Base, find_base, load_model
 from effitrain.planning import plan, recipe
-from effitrain.report.files import write_report
+from effitrain.report.files import stream_figures, write_report
+from effitrain.stream.engine import Traffic
+from effitrain.stream.placement import Placement, place
 from effitrain.train.hooks import (
     Checkpoints,
     EveryN,
@@ -65,6 +69,9 @@ class Events:
 
     def loaded(self, part: str, layers: int) -> None:
         """A layer of ``layers`` is in place."""
+
+    def stored(self, done: int, parts: int) -> None:
+        """``done`` of ``parts`` of the store that layers stream from are built."""
 
     def data(self, data: PreparedData) -> None:
         """The data, with one masked sample."""
@@ -199,7 +206,17 @@ def _carry_out(
     events.data(data)
     meter = Meter(device)
     _cap(device, the_plan)
-    job = assemble(recipe, base, data.train, device, lambda part: events.loaded(part, base.spec.num_layers))
+    job = assemble(
+        recipe,
+        base,
+        data.train,
+        device,
+        lambda part: events.loaded(part, base.spec.num_layers),
+        _placement(the_plan),
+        stored=events.stored,
+    )
+    for warning in _pageable(job.decoder):
+        events.note(warning)
     _prove_budget(job, the_plan, meter)
 
     checkpoint_folder = folder.path / "checkpoints"
@@ -214,11 +231,14 @@ def _carry_out(
     with StopOnSignal(saver) as stop:
         events.training(state.step, job.course.steps)
         hooks = [*_watchers(recipe, folder, state, scores, events), saver, stop]
+        before = _traffic(job.decoder)
         train(job.decoder, job.batches, job.optimizer, job.course, state, job.clock, hooks, meter.peak)
+        after = _traffic(job.decoder)
     save_and_reload(job, recipe, folder.path / "adapter", base.name)
     if len(scores.points) < 2 or scores.points[-1][0] < state.step:
         scores.add("after")
-    return write_report(folder.path, recipe, the_plan, state, data.stats, scores.points, meter.peak())
+    stream = stream_figures(before, after, the_plan.settings.streamed, the_plan.resident_layers) if after else None
+    return write_report(folder.path, recipe, the_plan, state, data.stats, scores.points, meter.peak(), stream)
 
 
 class _Scores:
@@ -280,7 +300,7 @@ def _ready(recipe: Recipe, adapter: str | None) -> tuple[Base, Decoder, Recipe]:
     _check_can_run(the_plan)
     base, recipe, device = base.fetched(), resolve(recipe, the_plan), _device(budget)
     _cap(device, the_plan)
-    decoder = load_model(base, recipe, device).eval()
+    decoder = load_model(base, recipe, device, placement=_placement(the_plan)).eval()
     if bundle:
         load_into(attach(decoder, bundle.config, Clock()), bundle, str(adapter))
     return base, decoder, recipe
@@ -295,10 +315,29 @@ def _check_starting_points(recipe: Recipe, base: Base) -> None:
 
 
 def _check_can_run(the_plan: Plan) -> None:
-    if the_plan.fit != "resident":
-        name = {"stream": "Layer streaming", "prune": "Pruning"}[the_plan.fit]
-        raise InputError(
-            f"The plan is --fit {the_plan.fit}: {name} is not in this version yet, though it can be planned."
+    if the_plan.fit == "prune":
+        raise InputError("The plan is --fit prune: Pruning is not in this version yet, though it can be planned.")
+
+
+def _placement(the_plan: Plan) -> Placement | None:
+    """Which layers stream, as the plan says; None where none does."""
+    if not the_plan.settings.streamed:
+        return None
+    return place(the_plan.model.layers, the_plan.resident_layers, SLOTS, the_plan.settings.on_disk)
+
+
+def _traffic(decoder: Decoder) -> Traffic | None:
+    """What was copied so far."""
+    return replace(decoder.streamer.traffic) if decoder.streamer else None
+
+
+def _pageable(decoder: Decoder) -> Iterator[str]:
+    """What it costs that the system refused to pin host memory."""
+    count = len(decoder.streamer.host.pageable) if decoder.streamer else 0
+    if count:
+        yield (
+            f"{count} layers could not be pinned in host memory: their copies take a detour through a pinned buffer and"
+            " can be several times slower. `ulimit -l unlimited` lets a process pin more."
         )
 
 

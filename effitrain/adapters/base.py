@@ -69,6 +69,10 @@ class Clock:
     step: int = 0
     micro_batch: int = 0
 
+    def at_micro_batch(self, number: int) -> None:
+        """Training goes on with micro-batch ``number`` of the step."""
+        self.micro_batch = number
+
 
 def generator(device: torch.device, *key: int | str) -> torch.Generator:
     """A random generator that depends on ``key`` alone, never on what was drawn before."""

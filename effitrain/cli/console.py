@@ -39,6 +39,14 @@ class Console(Events):
         if self.bar.n == layers:
             self.close()
 
+    def stored(self, done: int, parts: int) -> None:
+        """One more part of the store."""
+        if self.bar is None:
+            self.bar = tqdm(total=parts, desc="building the store", unit="part", leave=False)
+        self.bar.update(done - self.bar.n)
+        if done == parts:
+            self.close()
+
     def data(self, data: PreparedData) -> None:
         """Counts, and one sample with its trained part marked."""
         stats = data.stats

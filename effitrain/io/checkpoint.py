@@ -60,7 +60,7 @@ class Checkpoint:
         """Dtype of the weight, for NF4 that of the weight it was made from."""
         if self.is_nf4(name):
             return getattr(torch, self._nf4_state(name)["dtype"])
-        return self._torch_dtype(name)
+        return _torch_dtype(name, self._stored(name))
 
     def is_nf4(self, name: str) -> bool:
         """Whether the weight is stored in NF4."""
@@ -84,6 +84,9 @@ class Checkpoint:
         """
         parts = [name, *(f"{name}.{part}" for part in COMPANIONS if f"{name}.{part}" in self.tensors)]
         return NF4Tensor.from_state(name, {part: self._load(part) for part in parts}).to(device)
+
+    def done_with(self, names: list[str]) -> None:
+        """The files stay: they are the user's."""
 
     def fingerprint(self) -> str:
         """A hash of names, dtypes, shapes and a few kilobytes from the middle of every tensor."""
@@ -116,19 +119,8 @@ class Checkpoint:
             )
         return stored
 
-    def _torch_dtype(self, name: str) -> torch.dtype:
-        stored = self._stored(name)
-        if stored.dtype not in _DTYPES:
-            raise unhandled_quantisation(f"{name} is stored in {stored.dtype}, which is not handled")
-        return _DTYPES[stored.dtype]
-
     def _load(self, name: str) -> Tensor:
-        stored, dtype = self._stored(name), self._torch_dtype(name)
-        if math.prod(stored.shape) * dtype.itemsize != stored.nbytes:
-            raise InputError(
-                f"{stored.file} is damaged: {name} takes {stored.nbytes} bytes, not {stored.shape} values."
-            )
-        return _read_bytes(stored.file, stored.start, stored.nbytes).view(dtype).reshape(stored.shape)
+        return read_tensor(name, self._stored(name))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -152,6 +144,24 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 'Write "tie_word_embeddings": false into config.json.',
             )
     return Checkpoint(folder, tensors, tied)
+
+
+def read_tensor(name: str, stored: StoredTensor) -> Tensor:
+    """The tensor that lies at ``stored``, in host memory of its own.
+
+    Raises:
+        InputError: its dtype is not handled, or the file is damaged.
+    """
+    dtype = _torch_dtype(name, stored)
+    if math.prod(stored.shape) * dtype.itemsize != stored.nbytes:
+        raise InputError(f"{stored.file} is damaged: {name} takes {stored.nbytes} bytes, not {stored.shape} values.")
+    return _read_bytes(stored.file, stored.start, stored.nbytes).view(dtype).reshape(stored.shape)
+
+
+def _torch_dtype(name: str, stored: StoredTensor) -> torch.dtype:
+    if stored.dtype not in _DTYPES:
+        raise unhandled_quantisation(f"{name} is stored in {stored.dtype}, which is not handled")
+    return _DTYPES[stored.dtype]
 
 
 def _canonical(name: str) -> str | None:

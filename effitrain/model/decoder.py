@@ -3,7 +3,10 @@
 Shapes: N tokens of a micro-batch, end to end; B, T rows and tokens with a cache; H hidden size; V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +20,24 @@ from effitrain.model import attention
 from effitrain.model.recompute import recompute
 from effitrain.quant.linear import FrozenLinear
 from effitrain.stream.offload import Offload
+from effitrain.stream.streamer import Streamer
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What goes through the decoder at once.
+
+    Attributes:
+        input_ids: [N] with ``segments``, or [B, T].
+        position_ids: of the same shape; they restart at each segment.
+        segments: lengths of the samples in a flat row.
+        cache: transformers' cache of earlier keys and values, for generation.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Sequence[int] | None = None
+    cache: Any = None
 
 
 class Embedding(nn.Module):
@@ -70,6 +91,7 @@ class Decoder(nn.Module):
 
     ``model`` is transformers' decoder (``model.layers``, ``model.norm``, ``model.rotary_emb``); ``lm_head`` is ours.
     ``recompute_layers``: keep only the input of each layer for backward, in ``offload`` if there is one.
+    ``streamer``: has the weights of the layers that only visit the device; those are always computed again.
     """
 
     def __init__(self, model: nn.Module, spec: ModelSpec, config: Any):
@@ -78,6 +100,7 @@ class Decoder(nn.Module):
         self.lm_head: nn.Module = FrozenLinear(spec.head)
         self.recompute_layers = False
         self.offload: Offload | None = None
+        self.streamer: Streamer | None = None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -94,47 +117,82 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, segments: Sequence[int] | None = None, cache: Any = None
     ) -> Tensor:
-        """Final hidden states, after the last norm.
+        """Final hidden states, after the last norm, of the fields of ``Rows``: [N, H], or [B, T, H]."""
+        return self.finish(self.through([Rows(input_ids, position_ids, segments, cache)])[0])
 
-        Args:
-            input_ids: [N] with ``segments``, or [B, T].
-            position_ids: of the same shape; they restart at each segment.
-            segments: lengths of the samples in a flat row.
-            cache: transformers' cache of earlier keys and values, for generation.
+    def through(self, batches: Sequence[Rows], turn: Callable[[int], None] = lambda number: None) -> list[Tensor]:
+        """What the last layer makes of each of ``batches``, [N, H] or [B, T, H]. All of them pass a layer before the
+        next layer is needed, so that a streamed layer is copied once for all.
 
-        Returns:
-            [N, H], or [B, T, H].
+        A layer takes the batches from the last to the first: its backward pass comes in the reverse order, and so adds
+        to gradients in the order of a pass for each batch. ``turn`` is told the number of a batch before each layer
+        computes with it, in both passes.
         """
-        flat = input_ids.dim() == 1
-        if flat:
-            input_ids, position_ids = input_ids[None], position_ids[None]
-        x = self.model.embed_tokens(input_ids)  # type: ignore[operator]
+        xs, kwargs = [], []
+        for rows in batches:
+            flat = rows.input_ids.dim() == 1
+            ids, positions = (t[None] if flat else t for t in (rows.input_ids, rows.position_ids))
+            xs.append(self.model.embed_tokens(ids))  # type: ignore[operator]
+            rope = self.model.rotary_emb(xs[-1], positions.to(xs[-1].device))  # type: ignore[operator]
+            kwargs.append({"position_embeddings": rope, "past_key_values": rows.cache, "segments": rows.segments})
         if self.offload:
             self.offload.reset()
-        rope = self.model.rotary_emb(x, position_ids.to(x.device))  # type: ignore[operator]
-        for layer in self.layers:
-            x = self._run(layer, x, {"position_embeddings": rope, "past_key_values": cache, "segments": segments})
-        x = self.model.norm(x)  # type: ignore[operator]
-        return x[0] if flat else x
+        if self.streamer:
+            self.streamer.begin_pass(len(batches), self._back_to(xs))
+        for index in range(len(self.layers)):
+            for number in reversed(range(len(batches))):
+                xs[number] = self._run(index, xs[number], kwargs[number], partial(turn, number))
+        return [x[0] if rows.input_ids.dim() == 1 else x for x, rows in zip(xs, batches, strict=True)]
+
+    def attach_streamer(self, streamer: Streamer) -> None:
+        """Have ``streamer`` bring its layers; its slots count as buffers of the model."""
+        self.streamer = streamer
+        for number, slot in enumerate(streamer.slots):
+            self.register_buffer(f"slot_{number}", slot, persistent=False)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The last norm."""
+        return self.model.norm(x)  # type: ignore[operator]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output projection: [..., H] to [..., V]."""
         return self.lm_head(hidden)
 
-    def _run(self, layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        if not (self.recompute_layers and torch.is_grad_enabled()):
-            return layer(x, attention_mask=None, **kwargs)
-        parameters = [p for p in layer.parameters() if p.requires_grad]
-        last: FrozenLinear = layer.mlp.last  # type: ignore[union-attr, assignment]
-        return recompute(lambda h: layer(h, attention_mask=None, **kwargs), x, parameters, last, self.offload)
+    def _run(self, index: int, x: Tensor, kwargs: dict[str, Any], before: Callable[[], None]) -> Tensor:
+        layer, streamer = self.layers[index], self.streamer
+        streamed = streamer is not None and index in streamer
+
+        def compute(h: Tensor) -> Tensor:
+            before()
+            return layer(h, attention_mask=None, **kwargs)
+
+        def hold() -> AbstractContextManager[None]:
+            return streamer.hold(index) if streamer is not None and streamed else nullcontext()
+
+        if torch.is_grad_enabled() and (streamed or self.recompute_layers):
+            parameters = [p for p in layer.parameters() if p.requires_grad]
+            last: FrozenLinear = layer.mlp.last  # type: ignore[union-attr, assignment]
+            return recompute(compute, x, parameters, last, self.offload, hold)
+        with hold():
+            return compute(x)
+
+    def _back_to(self, xs: Sequence[Tensor]) -> int | None:
+        """The first layer that a backward pass would come to."""
+        if not torch.is_grad_enabled():
+            return None
+        if any(x.requires_grad for x in xs):
+            return 0
+        trained = (i for i, layer in enumerate(self.layers) if any(p.requires_grad for p in layer.parameters()))
+        return next(trained, None)
 
     def set_recompute(self, what: str) -> None:
         """Keep for the backward pass all activations (``none``), those outside the MLPs (``mlp``), or the layers'
         inputs alone (``layer``), and compute the rest again.
         """
         self.recompute_layers = what == "layer"
-        for layer in self.layers:
-            layer.mlp.recomputed = what == "mlp"  # type: ignore[union-attr]
+        for index, layer in enumerate(self.layers):
+            streamed = self.streamer is not None and index in self.streamer
+            layer.mlp.recomputed = what == "mlp" and not streamed  # type: ignore[union-attr]
 
 
 def build(spec: ModelSpec, config: Mapping[str, Any], name: str) -> Decoder:

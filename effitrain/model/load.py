@@ -1,8 +1,9 @@
 """Fill an empty model from a checkpoint, one tensor at a time, quantising on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,36 +13,17 @@ from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec, spec_from_config
 from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.hub import ModelSource, check_weights, fetch_weights, find_model
-from effitrain.io.nf4 import NF4Tensor
+from effitrain.io.store import StoreKey, default_store_dir
 from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
 from effitrain.io.tokenizer import load_tokenizer
 from effitrain.model.decoder import Decoder, build
 from effitrain.quant.linear import FrozenLinear
-from effitrain.quant.nf4 import quantize
-
-
-class Weights(Protocol):
-    """A source of named tensors: a checkpoint on disk or synthetic weights. What is ``trusted`` holds no NaN."""
-
-    trusted: ClassVar[bool]
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a tensor."""
-
-    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor on ``device``, in its stored dtype."""
-
-    def is_nf4(self, name: str) -> bool:
-        """Whether the weight is stored in NF4."""
-
-    def read_nf4(self, name: str, device: torch.device | str = "cpu") -> NF4Tensor:
-        """One weight stored in NF4 on ``device``, as it is."""
-
-    def fingerprint(self) -> str:
-        """Changes when the weights do."""
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from effitrain.quant.read import DTYPES, Weights, read_dense, read_frozen
+from effitrain.stream.build import ensure_store
+from effitrain.stream.fresh import FreshLayers
+from effitrain.stream.host import HostLayers, LayerSource
+from effitrain.stream.placement import Placement
+from effitrain.stream.streamer import Streamer
 
 
 @dataclass(frozen=True)
@@ -73,8 +55,13 @@ class Base:
         """Its tensors; ``quant`` and ``dtype`` say in which form synthetic ones are made."""
         if self.synthetic_seed is not None:
             return SyntheticCheckpoint(shapes_of(self.spec), self.synthetic_seed, quant == "nf4", dtype)
+        return open_checkpoint(self.folder)
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
         assert self.source.folder is not None
-        return open_checkpoint(self.source.folder)
+        return self.source.folder
 
     def tokenizer(self) -> Any:
         """Its tokenizer; the built-in one for synthetic weights of a model that is not here."""
@@ -100,13 +87,89 @@ def find_base(name: str, synthetic: str | None = None) -> Base:
 
 
 def load_model(
-    base: Base, recipe: Recipe, device: torch.device, progress: Callable[[str], None] = lambda name: None
+    base: Base,
+    recipe: Recipe,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda name: None,
+    placement: Placement | None = None,
+    stored: Callable[[int, int], None] = lambda done, parts: None,
 ) -> Decoder:
-    """Build and fill the model as ``recipe`` (resolved) says; on a card an untied embedding stays in host memory."""
+    """Build and fill the model as ``recipe`` (resolved) says; on a card an untied embedding stays in host memory.
+
+    Args:
+        base: with its files on disk.
+        recipe: with every choice made.
+        device: where to.
+        progress: told each layer that is in place.
+        placement: which layers only visit the device; None puts all of them there for good.
+        stored: told how many parts of the store are done, of how many, while it is built.
+
+    Raises:
+        InputError: the weights are damaged or of another shape, or their store cannot be built.
+    """
     dtype = DTYPES[recipe.dtype]
     decoder = build(base.spec, base.source.config, base.name)
     host_embedding = device.type == "cuda" and not base.spec.tied
-    return fill(decoder, base.weights(recipe.quant, dtype), recipe.quant, dtype, device, host_embedding, progress)
+    if placement is None:
+        return fill(decoder, base.weights(recipe.quant, dtype), recipe.quant, dtype, device, host_embedding, progress)
+    weights, source = _streamable(base, recipe, placement, stored)
+    fill(decoder, weights, recipe.quant, dtype, device, host_embedding, progress, placement.streamed)
+    return stream(decoder, source, placement, device, progress)
+
+
+def _streamable(
+    base: Base, recipe: Recipe, placement: Placement, stored: Callable[[int, int], None]
+) -> tuple[Weights, LayerSource]:
+    """The weights of ``base``, and the same as a source of whole layers: its store, or synthetic ones made on the way.
+
+    Raises:
+        InputError: synthetic weights do not fit host memory.
+    """
+    if base.synthetic_seed is None:
+        checkpoint = open_checkpoint(base.folder)
+        key = StoreKey(base.name, checkpoint.fingerprint(), recipe.quant, recipe.dtype)
+        store = ensure_store(default_store_dir(), key, base.spec, checkpoint, stored)
+        return store, store
+    if placement.on_disk:
+        raise InputError(
+            f"{len(placement.on_disk)} layers do not fit host memory, and synthetic weights have no place on disk.",
+            next_step="Raise --host-mem, or plan alone with `effitrain plan`.",
+        )
+    weights = base.weights(recipe.quant, DTYPES[recipe.dtype])
+    return weights, FreshLayers(base.spec, weights, recipe.quant, recipe.dtype)
+
+
+def stream(
+    decoder: Decoder,
+    source: LayerSource,
+    placement: Placement,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda name: None,
+    bytes_per_second: float | None = None,
+    shapes_only: bool = False,
+) -> Decoder:
+    """Let the layers that ``fill`` left out visit the device, from ``source``.
+
+    Args:
+        decoder: filled, without adapters or with them; returned.
+        source: of whole layers.
+        placement: which layers, and where they wait.
+        device: where they compute.
+        progress: told each layer's name when it waits in host memory.
+        bytes_per_second: on a CPU, the speed of the link to imitate.
+        shapes_only: copy nothing, for steps that are run on fake tensors.
+    """
+    held = () if shapes_only else placement.in_host_memory
+    host = HostLayers(source, held, device, lambda layer: progress(f"model.layers.{layer}"))
+    linears = {layer: frozen_linears(decoder.layers[layer]) for layer in placement.streamed}
+    if linears:
+        decoder.attach_streamer(Streamer(linears, host, placement.slots, device, bytes_per_second, shapes_only))
+    return decoder
+
+
+def frozen_linears(module: nn.Module) -> list[FrozenLinear]:
+    """The frozen linears in ``module``."""
+    return [linear for linear in module.modules() if isinstance(linear, FrozenLinear)]
 
 
 def fill(
@@ -117,6 +180,7 @@ def fill(
     device: torch.device,
     host_embedding: bool = False,
     progress: Callable[[str], None] = lambda name: None,
+    streamed: Collection[int] = (),
 ) -> Decoder:
     """Give every module its weights: linears in NF4 or ``dtype``, all else in ``dtype``, on ``device``.
 
@@ -128,21 +192,14 @@ def fill(
         device: where the layers live.
         host_embedding: leave the token embedding in host memory and gather rows there.
         progress: told each layer's name when it is in place.
+        streamed: layers whose linears get biases and no weights.
 
     Raises:
         InputError: a tensor is missing, has another shape, or holds NaN or infinity.
     """
 
     def dense(name: str, shape: tuple[int, ...], where: torch.device = device) -> Tensor:
-        tensor = weights.read(name, where)
-        if tuple(tensor.shape) != shape:
-            raise InputError(
-                f"{name} has the shape {tuple(tensor.shape)}, and config.json asks for {shape}.",
-                "The checkpoint and its config.json do not belong together.",
-            )
-        if not weights.trusted and not _finite(tensor):
-            raise InputError(f"{name} holds NaN or infinite values.", "The checkpoint is damaged.")
-        return tensor.to(dtype)
+        return read_dense(weights, name, shape, dtype, where)
 
     spec, model = decoder.spec, decoder.model
     table = (spec.vocab, spec.hidden)
@@ -154,41 +211,19 @@ def fill(
     head.weight = embedding.weight.to(device) if spec.tied else dense("lm_head.weight", table)
     for index, layer in enumerate(decoder.layers):
         prefix = f"model.layers.{index}."
-        for name, module in layer.named_modules():
-            if isinstance(module, FrozenLinear):
-                _fill_linear(module, f"{prefix}{name}", weights, dense, quant, device)
+        for linear in frozen_linears(layer):
+            name, shape = f"{prefix}{linear.spec.name}", (linear.out_features, linear.in_features)
+            if index not in streamed:
+                linear.weight = read_frozen(weights, f"{name}.weight", shape, quant, dtype, device)
+            if linear.spec.bias:
+                linear.bias = dense(f"{name}.bias", shape[:1])
         _fill_parameters(layer, prefix, dense)
-        progress(prefix.rstrip("."))
+        if index not in streamed:
+            progress(prefix.rstrip("."))
     _fill_parameters(model.norm, "model.norm.", dense)  # type: ignore[arg-type]
     rotary: Any = model.rotary_emb
     model.rotary_emb = type(rotary)(config=decoder.config).to(device)  # its tables are computed, not stored
     return decoder
-
-
-def _finite(tensor: Tensor) -> bool:
-    """The sum tells nearly always, without a tensor of the same size."""
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all())
-
-
-def _fill_linear(
-    linear: FrozenLinear,
-    name: str,
-    weights: Weights,
-    dense: Callable[[str, tuple[int, ...]], Tensor],
-    quant: str,
-    device: torch.device,
-) -> None:
-    shape = (linear.out_features, linear.in_features)
-    if weights.is_nf4(f"{name}.weight"):
-        stored = weights.read_nf4(f"{name}.weight", device)
-        if tuple(stored.shape) != shape:
-            raise InputError(f"{name}.weight has the shape {stored.shape}, and config.json asks for {shape}.")
-        linear.weight = stored
-    else:
-        full = dense(f"{name}.weight", shape)
-        linear.weight = quantize(full) if quant == "nf4" else full
-    if linear.spec.bias:
-        linear.bias = dense(f"{name}.bias", (linear.out_features,))
 
 
 def _fill_parameters(module: nn.Module, prefix: str, dense: Callable[[str, tuple[int, ...]], Tensor]) -> None:

@@ -70,7 +70,10 @@ class _FrozenMatmul(torch.autograd.Function):
         ctx.linear = linear
         if not linear._value_needed:
             return x.new_zeros(*x.shape[:-1], linear.out_features)
-        return F.linear(x, linear.dense(x.dtype), linear.bias)
+        y = F.linear(x.reshape(-1, x.shape[-1]), linear.dense(x.dtype), linear.bias)
+        # Adapters add to the output in place, which autograd forbids for a view made in here; F.linear of three
+        # dimensions gives one when there is a bias.
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], linear.out_features])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

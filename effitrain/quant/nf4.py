@@ -11,21 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effitrain.io.nf4 import NF4Tensor, dynamic_code
+from effitrain.io.nf4 import BLOCK, NESTED_BLOCK, NF4Tensor, dynamic_code
+
+_CHUNK = 2**20  # weights quantised at once: on a CPU bitsandbytes takes temporaries of 20 bytes for each
 
 
 def quantize(weight: Tensor) -> NF4Tensor:
-    """``weight`` [out, in] in NF4 with double quantisation."""
-    packed, state = _bitsandbytes().quantize_4bit(
-        weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
-    )
-    return NF4Tensor(
-        packed=packed,
-        absmax=state.absmax,
-        nested_absmax=state.state2.absmax,
-        offset=state.offset,
-        shape=tuple(weight.shape),
-    )
+    """``weight`` [out, in] in NF4 with double quantisation, bit for bit as bitsandbytes does it at once."""
+    bnb, flat = _bitsandbytes(), weight.contiguous().view(-1)
+    packed = torch.empty((-(-len(flat) // 2), 1), dtype=torch.uint8, device=flat.device)
+    scales = torch.empty(-(-len(flat) // BLOCK), dtype=torch.float32, device=flat.device)
+    for start in range(0, len(flat), _CHUNK):
+        codes, state = bnb.quantize_4bit(flat[start : start + _CHUNK], blocksize=BLOCK, quant_type="nf4")
+        packed[start // 2 : start // 2 + len(codes)] = codes
+        scales[start // BLOCK : start // BLOCK + len(state.absmax)] = state.absmax
+    offset = scales.mean()
+    absmax, nested = bnb.quantize_blockwise(scales.sub_(offset), blocksize=NESTED_BLOCK)
+    return NF4Tensor(packed, absmax, nested.absmax, offset, tuple(weight.shape))
 
 
 def dequantize(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:

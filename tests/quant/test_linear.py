@@ -29,6 +29,17 @@ def test_nf4_is_bitsandbytes_bit_for_bit(shape, dtype):
     assert torch.equal(dequantize(ours, dtype), bnb.dequantize_4bit(packed, state))
 
 
+def test_chunks_leave_no_seam(monkeypatch):
+    from effitrain.quant import nf4
+
+    monkeypatch.setattr(nf4, "_CHUNK", 4096)
+    weight = torch.randn(300, 101)
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    ours = quantize(weight)
+    assert torch.equal(ours.packed, packed) and torch.equal(ours.absmax, state.absmax)
+    assert torch.equal(ours.nested_absmax, state.state2.absmax) and torch.equal(ours.offset, state.offset)
+
+
 def test_quantising_again_changes_nothing():
     once = dequantize(quantize(torch.randn(128, 192)), torch.float32)
     torch.testing.assert_close(dequantize(quantize(once), torch.float32), once, rtol=0, atol=once.abs().max() * 0.01)
@@ -77,3 +88,14 @@ def test_weight_slice_and_what_pytorch_sees():
     with pytest.raises(RuntimeError, match="before its weight"):
         FrozenLinear(linear.spec)(torch.randn(1, 64))
     assert isinstance(linear, nn.Module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("lead", [(5,), (2, 3)])
+def test_an_adapter_may_add_to_the_output_in_place(dtype, bias, lead):
+    """With a bias F.linear gives a view, which stopped every LoRA run on Qwen2."""
+    linear, _ = _linear(96, 64, True, bias, dtype)
+    x = torch.randn(*lead, 64, dtype=dtype, requires_grad=True)
+    expected = linear(x).detach() + 1
+    assert torch.equal(linear(x).add_(1), expected)
