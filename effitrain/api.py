@@ -213,7 +213,8 @@ def _carry_out(
         device,
         lambda part: events.loaded(part, base.spec.num_layers),
         _placement(the_plan),
-        stored=events.stored,
+        the_plan.settings.by_layer,
+        events.stored,
     )
     for warning in _pageable(job.decoder):
         events.note(warning)

@@ -15,7 +15,6 @@ from effitrain.core.units import parse_bytes
 
 # Flags of the published command line whose feature this version does not have yet, and that feature.
 LATER = {
-    "stream_order": "layer streaming",
     "mlp_tiles": "tiled MLPs for long context",
     "prune_score": "pruning",
     "prune_method": "pruning",
@@ -139,6 +138,9 @@ class Recipe(BaseModel):
     )
     resident_layers: Annotated[int | None, Auto] = _flag(
         None, "Layers that stay on the device while others stream; as many as fit", group="memory", ge=0
+    )
+    stream_order: Literal["auto", "layer", "micro-batch"] = _flag(
+        "auto", "What comes first where layers stream: all micro-batches in a layer, or all layers", group="memory"
     )
     quant: Literal["nf4", "none"] = _flag("nf4", "Storage of the frozen weights", group="memory")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = _flag(
