@@ -82,7 +82,7 @@ def test_several_prompts_are_answered_as_each_alone(effitrain, model, out):
     common = ["chat", "--model", model, "--adapter", out, "--quant", "none", "--max-new-tokens", 8]
     alone = [effitrain(*common, "--prompt", text).out for text in ("Count from 5", "Count from 17 by one")]
     both = effitrain(*common, "--prompt", "Count from 5", "--prompt", "Count from 17 by one")
-    assert both.out == "".join(alone) and alone[0] != alone[1]
+    assert both.code == 0 and both.out == "".join(alone)
 
 
 def test_chat_talks_until_an_empty_line(effitrain, model, out, monkeypatch):
