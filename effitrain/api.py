@@ -200,9 +200,9 @@ def _carry_out(
 ) -> Report:
     """Load, probe, train, save and report what the plan says."""
     remove_stale(folder.path)
-    base = base.fetched()
+    base = base.to_stream() if the_plan.settings.streamed else base.fetched()
     data = prepare_data(recipe, base.tokenizer(), chosen(recipe.max_seq_len))
-    folder = _same_inputs(folder, data=data.fingerprint, model=base.weights().fingerprint())
+    folder = _same_inputs(folder, data=data.fingerprint, model=base.fingerprint())
     events.data(data)
     meter = Meter(device)
     _cap(device, the_plan)
@@ -299,7 +299,8 @@ def _ready(recipe: Recipe, adapter: str | None) -> tuple[Base, Decoder, Recipe]:
     if not the_plan.fits:
         raise refusal(the_plan)
     _check_can_run(the_plan)
-    base, recipe, device = base.fetched(), resolve(recipe, the_plan), _device(budget)
+    base = base.to_stream() if the_plan.settings.streamed else base.fetched()
+    recipe, device = resolve(recipe, the_plan), _device(budget)
     _cap(device, the_plan)
     decoder = load_model(base, recipe, device, placement=_placement(the_plan)).eval()
     if bundle:

@@ -16,13 +16,12 @@ def command() -> None:
 @command.command("ls")
 def ls() -> None:
     """List the stores with their sizes."""
-    from effitrain.io.store import default_store_dir, list_stores
+    from effitrain.io.store import default_store_dir, folder_bytes, list_stores
 
     root = default_store_dir()
     folders = list_stores(root)
     for folder in folders:
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        click.echo(f"{format_bytes(size):>10}  {folder.name}")
+        click.echo(f"{format_bytes(folder_bytes(folder)):>10}  {folder.name}")
     click.echo(f"{len(folders)} in {root}")
 
 

@@ -130,8 +130,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         InputError: anything wrong that can be seen without reading the weights.
     """
     config = read_config(folder)
-    _check_quantisation(folder, config.get("quantization_config"))
-    tensors = {canonical: stored for name, stored in stored_tensors(folder).items() if (canonical := _canonical(name))}
+    check_quantisation(str(folder), config.get("quantization_config"))
+    tensors = {
+        canonical: stored for name, stored in stored_tensors(folder).items() if (canonical := canonical_name(name))
+    }
     if not tensors:
         raise InputError(f"The weights in {folder} hold no tensor; {on_disk(folder)}", next_step="Get them again.")
     tied = spec_from_config(config, str(folder)).tied
@@ -164,24 +166,29 @@ def _torch_dtype(name: str, stored: StoredTensor) -> torch.dtype:
     return _DTYPES[stored.dtype]
 
 
-def _canonical(name: str) -> str | None:
+def canonical_name(name: str) -> str | None:
     """The name in a causal language model; None for tables that are computed, which old checkpoints hold too."""
     if name.endswith(".rotary_emb.inv_freq"):
         return None
     return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
 
 
-def _check_quantisation(folder: Path, quantisation: Mapping[str, Any] | None) -> None:
+def check_quantisation(name: str, quantisation: Mapping[str, Any] | None) -> None:
+    """Refuse the model ``name`` when its config says that it is quantised in another way than this module reads.
+
+    Raises:
+        InputError: it is.
+    """
     if not quantisation:
         return
     method = quantisation.get("quant_method", "bitsandbytes" if "load_in_4bit" in quantisation else "a method unknown")
     if method != "bitsandbytes":
-        raise unhandled_quantisation(f"{folder} is quantised by {method}")
+        raise unhandled_quantisation(f"{name} is quantised by {method}")
     kind = quantisation.get("bnb_4bit_quant_type", "fp4") if quantisation.get("load_in_4bit") else "int8"
     if kind != "nf4":
-        raise unhandled_quantisation(f"{folder} is quantised to {kind} by bitsandbytes")
+        raise unhandled_quantisation(f"{name} is quantised to {kind} by bitsandbytes")
     if not quantisation.get("bnb_4bit_use_double_quant"):
-        raise unhandled_quantisation(f"{folder} is in NF4 without double quantisation (bnb_4bit_use_double_quant)")
+        raise unhandled_quantisation(f"{name} is in NF4 without double quantisation (bnb_4bit_use_double_quant)")
 
 
 def _differ(a: StoredTensor, b: StoredTensor) -> bool:

@@ -1,8 +1,9 @@
 """A quantised model on disk: a blob for each decoder layer and one file for all else. Built once, then read in place.
 
-A store is a folder: ``store.json`` (from which checkpoint, in which form, how blobs are laid out), ``layers/007.bin``,
-``tables.safetensors`` (embedding, head, norms, biases, as the checkpoint has them) and ``manifest.json`` (sizes and
-SHA-256). While it is built it has the suffix ``.partial``, and what lies there is whole: building goes on from it.
+A store is a folder: ``store.json`` (from which checkpoint, in which form, how blobs are laid out), for each layer
+``layers/007.bin`` (the blob) and ``layers/007.safetensors`` (norms and biases), ``embedding.safetensors``,
+``head.safetensors`` (with the last norm), and ``manifest.json`` (sizes and SHA-256). All but the blobs is as the
+checkpoint has it. While it is built it has the suffix ``.partial``, and what lies there is whole: building goes on.
 """
 
 import fcntl
@@ -31,7 +32,7 @@ from effitrain.io.nf4 import NF4Tensor
 
 VERSION = 1  # raise it when the same checkpoint would give other bytes
 SUFFIX = ".partial"
-TABLES = "tables.safetensors"
+EMBEDDING_FILE, HEAD_FILE = Path("embedding.safetensors"), Path("head.safetensors")
 _ABOUT = "store.json"
 _SAFE = {"uint8": "U8", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # names of dtypes in safetensors
 _VERIFY = "Check it with `effitrain store verify`, or remove it with `effitrain store rm`: it is built anew."
@@ -84,8 +85,8 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk, without the small files."""
-        return sum(layout.nbytes for layout in self.layouts) + (self.folder / TABLES).stat().st_size
+        """Bytes on disk."""
+        return folder_bytes(self.folder)
 
     def layout(self, layer: int) -> Layout:
         """How the bytes of ``layer`` are laid out."""
@@ -149,12 +150,23 @@ class Store:
 
     @cached_property
     def _tables(self) -> Mapping[str, StoredTensor]:
-        return read_header(self.folder / TABLES)
+        files = [EMBEDDING_FILE, HEAD_FILE, *(small_path(layer) for layer in range(len(self.layouts)))]
+        return {name: stored for file in files for name, stored in read_header(self.folder / file).items()}
 
 
 def layer_path(folder: Path, layer: int) -> Path:
-    """The file of one layer."""
+    """The blob of one layer."""
     return folder / "layers" / f"{layer:03d}.bin"
+
+
+def small_path(layer: int) -> Path:
+    """The norms and biases of one layer, within a store."""
+    return Path("layers") / f"{layer:03d}.safetensors"
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a store."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def open_store(folder: Path) -> Store:
@@ -177,6 +189,10 @@ def open_store(folder: Path) -> Store:
         path = layer_path(folder, layer)
         if not path.is_file() or path.stat().st_size != layout.nbytes:
             raise _unusable(folder, f"layer {layer} ({path.name}) is missing or cut off")
+    small = [EMBEDDING_FILE, HEAD_FILE, *(small_path(layer) for layer in range(len(store.layouts)))]
+    absent = [str(path) for path in small if not (folder / path).is_file()]
+    if absent:
+        raise _unusable(folder, f"{absent[0]} is missing")
     return store
 
 
@@ -241,7 +257,7 @@ _ELSEWHERE = "Set XDG_CACHE_HOME to a folder on a larger disk, or make room with
 
 
 def _check_space(partial: Path, needed: int) -> None:
-    there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    there = folder_bytes(partial)
     free = shutil.disk_usage(partial).free
     if needed - there > free:
         raise InputError(

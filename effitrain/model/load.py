@@ -12,8 +12,9 @@ from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec, spec_from_config
 from effitrain.io.checkpoint import open_checkpoint
-from effitrain.io.hub import ModelSource, check_weights, fetch_weights, find_model
-from effitrain.io.store import StoreKey, default_store_dir
+from effitrain.io.hub import ModelSource, check_weights, fetch_small, fetch_weights, find_model, is_local
+from effitrain.io.shards import hub_fingerprint, open_on_hub
+from effitrain.io.store import Store, StoreKey, default_store_dir, find_store
 from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
 from effitrain.io.tokenizer import load_tokenizer
 from effitrain.model.decoder import Decoder, build
@@ -34,11 +35,13 @@ class Base:
         source: where it was found.
         spec: its shape.
         synthetic_seed: of random weights in place of its own; None for its own.
+        remote: where the weights are when only the hub has them.
     """
 
     source: ModelSource
     spec: ModelSpec
     synthetic_seed: int | None
+    remote: ModelSource | None = None
 
     @property
     def name(self) -> str:
@@ -51,11 +54,23 @@ class Base:
             return self
         return replace(self, source=replace(self.source, folder=fetch_weights(self.source)))
 
+    def to_stream(self) -> "Base":
+        """The same with its config and tokenizer on disk; weights that are on the hub alone stay there until their
+        store is built, one file at a time.
+        """
+        if self.synthetic_seed is not None or is_local(self.source):
+            return self.fetched()
+        return replace(self, source=replace(self.source, folder=fetch_small(self.source)), remote=self.source)
+
     def weights(self, quant: str = "none", dtype: torch.dtype = torch.float32) -> Weights:
         """Its tensors; ``quant`` and ``dtype`` say in which form synthetic ones are made."""
         if self.synthetic_seed is not None:
             return SyntheticCheckpoint(shapes_of(self.spec), self.synthetic_seed, quant == "nf4", dtype)
         return open_checkpoint(self.folder)
+
+    def fingerprint(self) -> str:
+        """Changes when the weights do."""
+        return hub_fingerprint(self.remote) if self.remote else self.weights().fingerprint()
 
     @property
     def folder(self) -> Path:
@@ -126,9 +141,7 @@ def _streamable(
         InputError: synthetic weights do not fit host memory.
     """
     if base.synthetic_seed is None:
-        checkpoint = open_checkpoint(base.folder)
-        key = StoreKey(base.name, checkpoint.fingerprint(), recipe.quant, recipe.dtype)
-        store = ensure_store(default_store_dir(), key, base.spec, checkpoint, stored)
+        store = _store(base, recipe, stored)
         return store, store
     if placement.on_disk:
         raise InputError(
@@ -137,6 +150,20 @@ def _streamable(
         )
     weights = base.weights(recipe.quant, DTYPES[recipe.dtype])
     return weights, FreshLayers(base.spec, weights, recipe.quant, recipe.dtype)
+
+
+def _store(base: Base, recipe: Recipe, stored: Callable[[int, int], None]) -> Store:
+    """The store of ``base``, built when it is not there."""
+    root = default_store_dir()
+    key = StoreKey(base.name, base.fingerprint(), recipe.quant, recipe.dtype)
+    if base.remote is None:
+        return ensure_store(root, key, base.spec, open_checkpoint(base.folder), stored)
+    found = find_store(root, key)
+    if found is None:
+        on_hub = open_on_hub(base.remote, root / ".shards")
+        found = ensure_store(root, key, base.spec, on_hub, stored)
+        on_hub.close()
+    return found
 
 
 def stream(

@@ -11,10 +11,21 @@ from torch import Tensor
 from effitrain.core.spec import ModelSpec
 from effitrain.io.atomic import replacing
 from effitrain.io.blob import write_blob
-from effitrain.io.store import TABLES, Store, StoreKey, building, find_store, layer_path, open_store
+from effitrain.io.checkpoint import EMBEDDING
+from effitrain.io.store import (
+    EMBEDDING_FILE,
+    HEAD_FILE,
+    Store,
+    StoreKey,
+    building,
+    find_store,
+    layer_path,
+    open_store,
+    small_path,
+)
 from effitrain.io.synthetic import shapes_of
 from effitrain.io.writer import stream_safetensors
-from effitrain.quant.read import Weights, read_dense
+from effitrain.quant.read import DTYPES, Weights, read_dense
 from effitrain.stream.fresh import FreshLayers, weight_name
 
 
@@ -58,34 +69,53 @@ def _build(
 ) -> Store:
     layers = FreshLayers(spec, weights, key.quant, key.dtype)
     layouts = tuple(layers.layout(layer) for layer in range(spec.num_layers))
-    tables = {name: (weights.dtype(name), shape) for name, shape in table_shapes(spec).items()}
-    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in tables.values())
+    tables = table_shapes(spec)
+    size = sum(math.prod(shape) * DTYPES[key.dtype].itemsize for table in tables.values() for shape in table.values())
     with building(root, key, layouts, size) as partial:
         if partial is not None:
-            for layer, layout in enumerate(layouts):
-                path = layer_path(partial, layer)
-                if not path.is_file():
-                    with replacing(path) as tmp:
-                        write_blob(tmp, layout, lambda field, layer=layer: layers.weight(layer, field))  # type: ignore[misc]
-                weights.done_with([weight_name(layer, field.name) for field in layout.fields])
-                progress(layer + 1, spec.num_layers + 1)
-            _write_tables(partial / TABLES, tables, weights)
-            progress(spec.num_layers + 1, spec.num_layers + 1)
+            for done, (path, table) in enumerate(tables.items(), 1):
+                _write_table(partial / path, table, weights)
+                weights.done_with(list(table))
+                if (layer := done - 2) in range(spec.num_layers):
+                    _write_layer(layer_path(partial, layer), layer, layers)
+                    weights.done_with([weight_name(layer, field.name) for field in layouts[layer].fields])
+                progress(done, len(tables))
     return open_store(root / key.folder)
 
 
-def table_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """All tensors but the matrices of the decoder linears: embedding, head, norms and biases."""
-    streamed = {weight_name(layer.index, linear.name) for layer in spec.layers for linear in layer.linears}
-    return {name: shape for name, shape in shapes_of(spec).items() if name not in streamed}
+def table_shapes(spec: ModelSpec) -> dict[Path, dict[str, tuple[int, ...]]]:
+    """All tensors but the matrices of the decoder linears, by the file they go to: embedding, each layer's norms and
+    biases, last norm and head. The order is that of checkpoints.
+    """
+    matrices = {weight_name(layer.index, linear.name) for layer in spec.layers for linear in layer.linears}
+    files = [EMBEDDING_FILE, *(small_path(layer) for layer in range(spec.num_layers)), HEAD_FILE]
+    tables: dict[Path, dict[str, tuple[int, ...]]] = {file: {} for file in files}
+    for name, shape in shapes_of(spec).items():
+        if name not in matrices:
+            tables[_file_of(name)][name] = shape
+    return tables
 
 
-def _write_tables(path: Path, tables: dict[str, tuple[torch.dtype, tuple[int, ...]]], weights: StoredWeights) -> None:
-    def read(name: str) -> Tensor:
-        dtype, shape = tables[name]
-        return read_dense(weights, name, shape, dtype)
+def _file_of(name: str) -> Path:
+    if name.startswith("model.layers."):
+        return small_path(int(name.split(".")[2]))
+    return EMBEDDING_FILE if name == EMBEDDING else HEAD_FILE
 
+
+def _write_layer(path: Path, layer: int, layers: FreshLayers) -> None:
     if not path.is_file():
         with replacing(path) as tmp:
-            stream_safetensors(tmp, tables, read)
-    weights.done_with(list(tables))
+            write_blob(tmp, layers.layout(layer), lambda field: layers.weight(layer, field))
+
+
+def _write_table(path: Path, shapes: dict[str, tuple[int, ...]], weights: StoredWeights) -> None:
+    if path.is_file():
+        return
+    table = {name: (weights.dtype(name), shape) for name, shape in shapes.items()}
+
+    def read(name: str) -> Tensor:
+        dtype, shape = table[name]
+        return read_dense(weights, name, shape, dtype)
+
+    with replacing(path) as tmp:
+        stream_safetensors(tmp, table, read)

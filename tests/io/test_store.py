@@ -83,7 +83,9 @@ def test_it_is_found_again_listed_and_removed(built, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["layers/001.bin", "tables.safetensors", "store.json"])
+@pytest.mark.parametrize(
+    "name", ["layers/001.bin", "layers/001.safetensors", "embedding.safetensors", "head.safetensors", "store.json"]
+)
 def test_a_flipped_byte_is_named(built, name):
     store, _ = built()
     path = store.folder / name
@@ -99,6 +101,8 @@ def test_a_flipped_byte_is_named(built, name):
     [
         (lambda f: (f / "layers/001.bin").unlink(), "layer 1"),
         (lambda f: (f / "layers/000.bin").write_bytes(b"short"), "layer 0"),
+        (lambda f: (f / "head.safetensors").unlink(), "head.safetensors is missing"),
+        (lambda f: (f / "layers/001.safetensors").unlink(), "001.safetensors is missing"),
         (lambda f: (f / "store.json").unlink(), "no store.json"),
         (lambda f: (f / "store.json").write_text("{"), "cannot be read"),
         (lambda f: (f / "store.json").write_text('{"version": 0}'), "version 0"),
