@@ -235,11 +235,12 @@ def _carry_out(
         before = _traffic(job.decoder)
         train(job.decoder, job.batches, job.optimizer, job.course, state, job.clock, hooks, meter.peak)
         after = _traffic(job.decoder)
+        timeline = job.decoder.streamer.engine.timeline() if job.decoder.streamer else []
     save_and_reload(job, recipe, folder.path / "adapter", base.name)
     if len(scores.points) < 2 or scores.points[-1][0] < state.step:
         scores.add("after")
     stream = stream_figures(before, after, the_plan.settings.streamed, the_plan.resident_layers) if after else None
-    return write_report(folder.path, recipe, the_plan, state, data.stats, scores.points, meter.peak(), stream)
+    return write_report(folder.path, recipe, the_plan, state, data.stats, scores.points, meter.peak(), stream, timeline)
 
 
 class _Scores:

@@ -15,8 +15,8 @@ from effitrain.core.units import format_bytes
 from effitrain.data.prepare import DataStats
 from effitrain.io.atomic import write_bytes, write_json, write_text
 from effitrain.report.html import render_report
-from effitrain.report.plots import loss_png
-from effitrain.stream.engine import Traffic
+from effitrain.report.plots import loss_png, timeline_png
+from effitrain.stream.engine import Span, Traffic
 from effitrain.train.state import TrainState
 
 _MANY = 0.05  # share of samples cut or lost that is worth a warning
@@ -33,6 +33,7 @@ def write_report(
     evals: Sequence[tuple[int, float]],
     measured_peak_bytes: int,
     stream: Mapping[str, Any] | None = None,
+    timeline: Sequence[Span] = (),
 ) -> Report:
     """Write the report of a finished run; report.json comes last, for it marks the run as finished.
 
@@ -45,6 +46,7 @@ def write_report(
         evals: (step, loss) on the evaluation set, the first one before training.
         measured_peak_bytes: of the device.
         stream: what ``stream_figures`` says, where layers streamed.
+        timeline: of the last streamed pass, in seconds.
     """
     scored = [loss for _, loss in evals]
     report = Report(
@@ -64,7 +66,8 @@ def write_report(
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     png = loss_png(metrics, evals)
     write_bytes(folder / "loss.png", png)
-    write_text(folder / "report.html", render_report(report.to_json(), plan.to_json(), metrics, png))
+    second = timeline_png(timeline) if timeline else None
+    write_text(folder / "report.html", render_report(report.to_json(), plan.to_json(), metrics, png, second))
     write_json(folder / "report.json", report.to_json())
     return report
 

@@ -66,7 +66,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Span:
-    """What happened to ``layer`` between two marks."""
+    """What happened to ``layer`` between two marks, or two times in seconds."""
 
     kind: Kind
     layer: int
@@ -136,6 +136,17 @@ class Engine:
         self.worker.drop()
         self._settle()
         return self.traffic
+
+    def timeline(self) -> list[Span]:
+        """What the last pass did, in seconds from its first mark; without what the device has not come to."""
+        self.worker.drop()
+        found = []
+        for span in self.spans:
+            start = self.mover.seconds(self.spans[0].start, span.start)
+            length = self.mover.seconds(span.start, span.end)
+            if start is not None and length is not None:
+                found.append(Span(span.kind, span.layer, start, start + length))
+        return found
 
     def _next_use(self, layer: int) -> Use:
         uses = self._schedule.uses
