@@ -50,7 +50,7 @@ def timeline_png(spans: Sequence[Span]) -> bytes:
     _plain_style(axes)
     axes.xaxis.set_major_locator(AutoLocator())
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.legend(frameon=False, labelcolor=INK, loc="upper right")
+    axes.legend(frameon=False, labelcolor=INK, loc="upper center")
     return _png(figure)
 
 
