@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from effitrain.kernels import backend, nf4_dequantize, rms_norm, rope, swiglu
+from effitrain.kernels import backend, dropout, lora_linear, nf4_dequantize, nf4_linear, rms_norm, rope, swiglu
 from effitrain.kernels.tiles import all_tiles
 
 TABLE = Path(__file__).with_name("resources.json")
@@ -49,6 +49,25 @@ def cases(half: str = "bf16") -> Iterator[Case]:
         constants = {"BLOCKS": tiles.dequantize_blocks}
         dequantize = nf4_dequantize._nf4_dequantize
         yield Case(f"nf4_dequantize {table}", dequantize, f"{nf4} *{half} i32", constants, options=no_fusion)
+        tile, wide = tiles.nf4, {"WIDE": False}
+        options = {"warps": tile.warps, "stages": tile.stages, "tensor_cores": half != "fp32", "options": no_fusion}
+        types, blocks = f"*{half} {nf4} *{half} *{half} i32 i32 i32", {"BM": tile.m, "BN": tile.n, "BIAS": True, **wide}
+        yield Case(f"nf4_linear {table}", nf4_linear._nf4_linear, types, blocks, **options)
+        types, blocks = f"*{half} {nf4} *{half} i32 i32 i32", {"BM": tile.m, "BK": tile.n, **wide}
+        yield Case(f"nf4_linear transposed {table}", nf4_linear._nf4_linear_transposed, types, blocks, **options)
+        tile = tiles.lora
+        options = {"warps": tile.warps, "stages": tile.stages, "tensor_cores": half != "fp32"}
+        blocks = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": lora_linear.GROUP, **wide}
+        for rank in (16, 128):
+            for backward in (False, True):
+                # A weight is read along its rows forward and down its columns backward: the strides of 1 are constants.
+                ones = {"w_n": 1, "b_n": 1} if backward else {"w_k": 1, "b_r": 1}
+                constants = {"BR": rank, "ADD": backward, "BIAS": not backward, **blocks, **ones}
+                name, types = (
+                    f"lora_linear{' backward' * backward} {rank} {table}",
+                    f"{f'*{half} ' * 6} {'i32 ' * 6} fp32",
+                )
+                yield Case(name, lora_linear._lora_linear, types, constants, **options)
     for hidden in (128, 4096, 8192):
         cols, rows = hidden, max(1, rms_norm.TILE // hidden)
         tile, warps = {"ROWS": rows, "COLS": cols}, min(max(rows * cols // 1024, 4), 16)
@@ -61,6 +80,8 @@ def cases(half: str = "bf16") -> Iterator[Case]:
         for sign, interleaved in ((1, False), (-1, True)):
             constants = {"SIGN": sign, "INTERLEAVED": interleaved, "HEADS": rope.HEADS, "HALF": dim // 2}
             yield Case(f"rope {dim} {sign}", rope._rope, f"{' '.join([f'*{half}'] * 4)} i32 i32 i32", constants)
+    types = f"*{half} *{half} i32 fp32 i32"
+    yield Case("dropout", dropout._dropout, types, {"ADD": True, "ELEMENTS": dropout.ELEMENTS})
     for gelu in (False, True):
         name, constants = "geglu" if gelu else "swiglu", {"GELU": gelu, "ELEMENTS": swiglu.ELEMENTS}
         yield Case(name, swiglu._forward, f"{' '.join([f'*{half}'] * 3)} i32", constants)

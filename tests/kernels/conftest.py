@@ -4,12 +4,22 @@ The interpreter must be chosen before a kernel is defined, so tests marked ``int
 TRITON_INTERPRET=1 pytest -m interpreter tests/kernels. ``scripts/test.sh`` does both.
 """
 
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from effitrain.core.spec import Axis, LinearSpec
 from effitrain.kernels import backend
+from effitrain.kernels.lora_linear import Linear, LowRank
+from effitrain.quant.linear import FrozenLinear
+from effitrain.quant.nf4 import quantize
 
 GUARD = 64  # elements before and behind an output
+# float32 sums of up to 130 products; the halves round x, low and y, and the interpreter chops bfloat16.
+TOLERANCES = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -69,3 +79,57 @@ def close():
         assert error <= tolerance * wanted.detach().abs().max() + 1e-30, f"off by {error / wanted.abs().max():.1e}"
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def lora(close):
+    """Builders of frozen linears with updates, and their comparison with a reference in float64."""
+    return SimpleNamespace(frozen=frozen, update=update, doubled=doubled, check=partial(check, close))
+
+
+def frozen(out, inp, quantised=True, bias=False, dtype=torch.float32):
+    """A random frozen linear."""
+    linear = FrozenLinear(LinearSpec("p", Axis.FFN, Axis.MODEL, out, inp, bias))
+    weight = torch.randn(out, inp) / inp**0.5
+    linear.weight = quantize(weight) if quantised else weight.to(dtype)
+    linear.bias = torch.randn(out).to(dtype) if bias else None
+    return linear
+
+
+def update(out, inp, rank, kind="none", tokens=1, **fields):
+    """A random update with trainable float32 tensors."""
+    shape = {"diagonal": (rank,), "mask": (rank,), "square": (rank, rank), "gate": (tokens, rank)}.get(kind)
+    mid = None if shape is None else torch.randn(shape)
+    if mid is not None:
+        mid = (mid > 0).float() if kind == "mask" else mid.requires_grad_()
+    A, B = torch.randn(rank, inp) / inp**0.5, torch.randn(out, rank)
+    return LowRank(A.requires_grad_(), B.requires_grad_(), 0.7, mid, kind == "square", **fields)
+
+
+def doubled(linear, dtype):
+    """The same in float64, of the weight as it is in ``dtype``."""
+    base = FrozenLinear(linear.base.spec)
+    base.weight = linear.base.dense(dtype).double()
+    base.bias = None if linear.base.bias is None else linear.base.bias.double()
+    low = linear.low_rank
+    if low is None:
+        return Linear(base)
+    tensors = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in linear.tensors]
+    return Linear(base, replace(low, A=tensors[0], B=tensors[1], mid=tensors[2]))
+
+
+def check(close, x, linears, function, exact_function):
+    """Values and gradients of ``function(x, linears)`` against ``exact_function`` in float64."""
+    exact_x, exact = x.detach().double().requires_grad_(), [doubled(linear, x.dtype) for linear in linears]
+    results = []
+    for inp, parts, call in ((x, linears, function), (exact_x, exact, exact_function)):
+        outputs = call(inp, parts)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.manual_seed(1)
+        grads = [torch.randn(y.shape).to(x.dtype).to(y.dtype) for y in outputs]
+        inputs = [inp, *(t for part in parts for t in part.tensors if t is not None and t.requires_grad)]
+        results.append((*outputs, *torch.autograd.grad(outputs, inputs, grads)))
+    for found, wanted in zip(*results, strict=True):
+        close(found, wanted, TOLERANCES[x.dtype])
+    assert results[0][0].dtype == x.dtype
+    assert [g.dtype for g in results[0][-len(inputs) :]] == [x.dtype] + [torch.float32] * (len(inputs) - 1)
