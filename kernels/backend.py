@@ -78,6 +78,13 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
+def shaped(y: Tensor, *shape: int) -> Tensor:
+    """Fresh ``y`` in another shape, as the output of an autograd function: one that may be changed in place, which
+    torch forbids for a view made in there.
+    """
+    return torch.ops.aten._unsafe_view(y, shape)
+
+
 @cache
 def _names(text: str) -> frozenset[str]:
     return frozenset(name.strip() for name in text.split(",") if name.strip())

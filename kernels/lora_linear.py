@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effitrain.kernels.backend import rows_of, tl, triton, usable
+from effitrain.kernels.backend import rows_of, shaped, tl, triton, usable
 from effitrain.kernels.dropout import dropout
 from effitrain.kernels.nf4_linear import multiply
 from effitrain.kernels.tiles import tiles_for
@@ -213,7 +213,7 @@ class _LoraLinears(torch.autograd.Function):
         outputs, lows = zip(*(project(flat, linear) for linear in linears), strict=True)
         ctx.linears, ctx.shape = linears, x.shape
         ctx.save_for_backward(flat if any(ctx.needs_input_grad[2::3]) else None, *lows)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+        return tuple(shaped(y, *x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from effitrain.kernels import lora_linear, swiglu
-from effitrain.kernels.backend import rows_of, usable
+from effitrain.kernels.backend import rows_of, shaped, usable
 from effitrain.kernels.lora_linear import Linear, down_gradient, input_gradient, low_gradients, project
 from effitrain.kernels.swiglu import Activation, gated, gated_backward
 
@@ -38,7 +38,7 @@ class _LoraMLP(torch.autograd.Function):
         ctx.linears, ctx.activation, ctx.shape = linears, activation, x.shape
         keeps_x = ctx.needs_input_grad[3] or ctx.needs_input_grad[6]
         ctx.save_for_backward(flat if keeps_x else None, gate, up, low_gate, low_up, low_down)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return shaped(y, *x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

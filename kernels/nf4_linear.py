@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effitrain.kernels import nf4_dequantize as nf4
-from effitrain.kernels.backend import rows_of, tl, triton, usable
+from effitrain.kernels.backend import rows_of, shaped, tl, triton, usable
 from effitrain.kernels.nf4_dequantize import BLOCK, NF4Weight, dynamic_code_on, nf4_dequantize, nf4_scale, nf4_value
 from effitrain.kernels.tiles import tiles_for
 
@@ -124,7 +124,8 @@ class _NF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return product(x, weight, bias)
+        y = product(x, weight, bias)
+        return shaped(y, *y.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effitrain.kernels.backend import rows_of, tl, triton, usable
+from effitrain.kernels.backend import rows_of, shaped, tl, triton, usable
 
 SHARES = 256  # programs of the backward pass, and parts that dw is summed from: two for each of a large card's units
 TILE = 2048  # elements of several short rows that a program takes at once
@@ -73,7 +73,7 @@ class _RMSNorm(torch.autograd.Function):
             flat, weight, y, r, len(flat), flat.shape[1], eps, ROWS=rows, COLS=cols, num_warps=warps
         )
         ctx.save_for_backward(x, weight, r)
-        return y.view(x.shape)
+        return shaped(y, *x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:

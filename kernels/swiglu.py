@@ -32,7 +32,7 @@ def _gate(g, GELU: tl.constexpr):
         slope = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
     else:
         z, slope = g, g * 0.0 + 1.0
-    return 1.0 / (1.0 + tl.exp(-z)), slope
+    return 1.0 / (1.0 + tl.exp(-tl.maximum(z, -80.0))), slope  # exp(88) is infinite; s(-80) is 2e-35
 
 
 @triton.jit

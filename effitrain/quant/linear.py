@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from effitrain.core.spec import LinearSpec
 from effitrain.io.nf4 import NF4Tensor
 from effitrain.kernels import nf4_linear
-from effitrain.kernels.backend import usable
+from effitrain.kernels.backend import shaped, usable
 from effitrain.kernels.lora_linear import Linear
 from effitrain.quant.nf4 import dequantize
 
@@ -93,7 +93,8 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
         ctx.linear = linear
-        return linear.product(x)
+        y = linear.product(x.reshape(-1, x.shape[-1]))
+        return shaped(y, *x.shape[:-1], linear.out_features)  # adapters add to it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

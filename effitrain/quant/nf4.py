@@ -52,7 +52,7 @@ def dequantize(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
 def warm_up(device: torch.device) -> None:
     """Load what is loaded once a process, real tensors among it, before steps are run on shapes alone."""
     _bitsandbytes()
-    _code_on(device)
+    dynamic_code_on(device)
 
 
 @cache

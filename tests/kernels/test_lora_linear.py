@@ -107,6 +107,17 @@ def test_what_is_kept_and_what_gets_a_gradient(lora, trained):
 
 
 @interpreter
+def test_the_output_may_be_changed_in_place(lora):
+    """As the loss does with the logits of an adapted head."""
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    y = lora_linear(x, Linear(lora.frozen(32, 64, False, True), lora.update(32, 64, 4)))
+    y.detach().zero_()
+    torch.autograd.grad(y, x, torch.randn_like(y))
+    y = lora_linear(x, Linear(lora.frozen(32, 64, False, True), lora.update(32, 64, 4)))
+    torch.autograd.grad(y.add_(1), x, torch.ones(2, 3, 32))
+
+
+@interpreter
 def test_a_value_that_nobody_reads(lora, fused):
     x = torch.randn(6, 64, requires_grad=True)
     linear = Linear(lora.frozen(32, 64), lora.update(32, 64, 4))

@@ -82,6 +82,17 @@ def test_results_take_the_places_of_the_inputs(close, activation):
 
 
 @interpreter
+@both
+def test_large_values(close, activation):
+    gate, up, grad = torch.tensor([-1e4, -90.0, -20.0, 0.0, 20.0, 1e4]).requires_grad_(), torch.ones(6), torch.ones(6)
+    out = swiglu(gate, up, activation)
+    for value, want in zip(
+        (out, *torch.autograd.grad(out, gate, grad)), _exact(gate, up, grad, activation)[:2], strict=True
+    ):
+        close(value, want, 2e-6)
+
+
+@interpreter
 def test_views_are_read_right(close):
     gate, up, grad = (torch.randn(7, 6).t() for _ in range(3))
     gate.requires_grad_(), up.requires_grad_()
