@@ -18,7 +18,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from effitrain.kernels import backend, dropout, lora_linear, nf4_dequantize, nf4_linear, rms_norm, rope, swiglu
+from effitrain.kernels import (
+    backend,
+    dropout,
+    linear_cross_entropy,
+    lora_linear,
+    nf4_dequantize,
+    nf4_linear,
+    rms_norm,
+    rope,
+    swiglu,
+)
 from effitrain.kernels.tiles import all_tiles
 
 TABLE = Path(__file__).with_name("resources.json")
@@ -80,6 +90,8 @@ def cases(half: str = "bf16") -> Iterator[Case]:
         for sign, interleaved in ((1, False), (-1, True)):
             constants = {"SIGN": sign, "INTERLEAVED": interleaved, "HEADS": rope.HEADS, "HALF": dim // 2}
             yield Case(f"rope {dim} {sign}", rope._rope, f"{' '.join([f'*{half}'] * 4)} i32 i32 i32", constants)
+    softmax, constants = linear_cross_entropy._softmax, {"COLS": linear_cross_entropy.COLUMNS}
+    yield Case("linear_cross_entropy", softmax, f"*{half} *i64 *fp32 i32", constants, warps=8)
     types = f"*{half} *{half} i32 fp32 i32"
     yield Case("dropout", dropout._dropout, types, {"ADD": True, "ELEMENTS": dropout.ELEMENTS})
     for gelu in (False, True):
