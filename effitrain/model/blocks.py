@@ -32,7 +32,10 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of the Llama families: projections, norms of queries and keys if there are any, rotation, attention."""
+    """Attention of the Llama families: projections, norms of queries and keys if there are any, rotation, attention.
+
+    ``shifted_group``: tokens of a segment of shifted sparse attention in training; None for whole samples.
+    """
 
     def __init__(self, stock: Any):
         super().__init__()
@@ -41,6 +44,7 @@ class SelfAttention(nn.Module):
         self.head_dim, self.scaling, self.layer_idx = stock.head_dim, stock.scaling, stock.layer_idx
         # Qwen decides by layer and notes it in the module, Mistral has one for all in its config, Llama has none.
         config_window = getattr(stock.config, "sliding_window", None) if stock.config.model_type == "mistral" else None
+        self.shifted_group: int | None = None
         self.window = getattr(stock, "sliding_window", config_window)
 
     def forward(
@@ -68,9 +72,9 @@ class SelfAttention(nn.Module):
         value = value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        out, _none = attention(
-            self, query, key, value, None, segments=segments, scaling=self.scaling, sliding_window=self.window
-        )
+        group = self.shifted_group if self.training else None
+        kwargs = {"segments": segments, "scaling": self.scaling, "sliding_window": self.window, "shifted_group": group}
+        out, _none = attention(self, query, key, value, None, **kwargs)
         return self.o_proj(out.flatten(2)), None
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
