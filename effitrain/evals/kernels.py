@@ -48,13 +48,13 @@ class Maker:
         values = torch.randn(shape, generator=self.source).to(self.device, dtype or self.dtype)
         return values.requires_grad_(trained)
 
-    def linear(self, out: int, inp: int) -> Linear:
+    def linear(self, out: int, inp: int, rank: int = RANK) -> Linear:
         """A frozen NF4 linear with a low-rank update."""
         base = FrozenLinear(LinearSpec("p", Axis.FFN, Axis.MODEL, out, inp, False))
         weights = SyntheticCheckpoint({"p_proj.weight": (out, inp)}, out * inp, True, self.dtype)
         base.weight = weights.read_nf4("p_proj.weight", self.device)
-        A = (self.randn(RANK, inp, dtype=torch.float32) / inp**0.5).requires_grad_()
-        return Linear(base, LowRank(A, self.randn(out, RANK, trained=True, dtype=torch.float32), 0.5))
+        A = (self.randn(rank, inp, dtype=torch.float32) / inp**0.5).requires_grad_()
+        return Linear(base, LowRank(A, self.randn(out, rank, trained=True, dtype=torch.float32), 0.5))
 
 
 Results = tuple[Sequence[Tensor], Sequence[Tensor]]
