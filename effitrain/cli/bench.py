@@ -36,3 +36,34 @@ def kernels(shapes: tuple[str, ...], tokens: int, rank: int, as_json: bool) -> N
     if as_json:
         about = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "timings": room.as_json(timings)}
         click.echo(json.dumps(about, indent=2))
+
+
+@command.command("step")
+@click.option("--model", default="llama-3.1-8b", show_default=True, help="Preset or folder whose shape is taken.")
+@click.option("--rows", type=click.IntRange(1), default=4, show_default=True, help="Samples of a step.")
+@click.option("--length", type=click.IntRange(2), default=2048, show_default=True, help="Tokens of a sample.")
+@click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of LoRA, on all linears.")
+@click.option("--steps", type=click.IntRange(1), default=8, show_default=True, help="Steps that count, after two.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def step(model: str, rows: int, length: int, rank: int, steps: int, as_json: bool) -> None:
+    """A step over synthetic NF4 weights: ours, ours without kernels, and transformers + peft + bitsandbytes."""
+    import torch
+
+    from effitrain.core.units import format_bytes
+    from effitrain.evals.bench_step import in_processes
+
+    where = "cuda bf16" if torch.cuda.is_available() else "cpu fp32"
+    results = []
+    for result in in_processes(model, (rows, length, rank, steps), where):
+        results.append(result)
+        if as_json:
+            continue
+        if "failed" in result:
+            click.echo(f"{result['contender']}: failed. {result['failed']}")
+            continue
+        speed, peak = result["tokens_per_second"], format_bytes(result["peak_bytes"])
+        click.echo(
+            f"{result['contender']:36} {speed:10.0f} tokens/s, peak {peak}, first loss {result['losses'][0]:.4f}"
+        )
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
