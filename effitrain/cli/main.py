@@ -10,8 +10,8 @@ import click
 from effitrain.cli.flags import unknown_option_hint
 from effitrain.core.errors import EffitrainError
 
-VERBS = ("plan", "run", "eval", "chat", "export", "store", "doctor")
-_LATER_VERBS = {"prune": "pruning", "recover": "pruning", "bench": "the kernel benchmarks"}
+VERBS = ("plan", "run", "eval", "chat", "export", "store", "doctor", "bench")
+_LATER_VERBS = {"prune": "pruning", "recover": "pruning"}
 
 
 class _Verbs(click.Group):

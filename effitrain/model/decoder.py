@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from effitrain.core.errors import InputError
 from effitrain.core.spec import LinearSpec, ModelSpec
-from effitrain.kernels.swiglu import swiglu
+from effitrain.kernels.lora_mlp import lora_mlp
+from effitrain.kernels.swiglu import Activation, swiglu
 from effitrain.model import attention
+from effitrain.model.blocks import SelfAttention, operands, replace_norms
 from effitrain.model.recompute import recompute
 from effitrain.quant.linear import FrozenLinear
 from effitrain.stream.offload import Offload
@@ -58,6 +60,9 @@ class Embedding(nn.Module):
         return rows.to(self.device, non_blocking=True)
 
 
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}  # that have kernels
+
+
 class GatedMLP(nn.Module):
     """``down(act(gate(x)) * up(x))``; with SiLU it keeps one wide tensor less for backward than stock code.
 
@@ -68,6 +73,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = stock.gate_proj, stock.up_proj, stock.down_proj
         self.act_fn = None if act == "silu" else stock.act_fn
+        self.activation = _ACTIVATIONS.get(act)
         self.recomputed = False
 
     @property
@@ -82,6 +88,9 @@ class GatedMLP(nn.Module):
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
+        linears = operands("lora_mlp", x, self.gate_proj, self.up_proj, self.down_proj)
+        if linears is not None and self.activation is not None:
+            return lora_mlp(x, linears[0], linears[1], linears[2], self.activation)
         gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
         return self.down_proj(self.act_fn(gate) * up if self.act_fn else swiglu(gate, up))  # type: ignore[operator]
 
@@ -219,6 +228,8 @@ def build(spec: ModelSpec, config: Mapping[str, Any], name: str) -> Decoder:
         for linear in layer_spec.linears:
             _replace(layer, linear)
         layer.mlp = GatedMLP(layer.mlp, hf_config.hidden_act)  # type: ignore[arg-type]
+        layer.self_attn = SelfAttention(layer.self_attn)
+    replace_norms(model)
     decoder.requires_grad_(False)
     return decoder.train()
 

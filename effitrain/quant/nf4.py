@@ -1,4 +1,4 @@
-"""NF4 with double quantisation, in bitsandbytes' layout and by its kernels.
+"""NF4 with double quantisation, in bitsandbytes' layout: quantised by its kernels, read on a card by ours.
 
 A block of 64 weights shares one scale; the scales of 256 blocks, less their mean, are stored in 8 bits. In all
 1/2 + 1/64 + 1/4096 bytes a weight (Dettmers et al. 2023, QLoRA, section 3).
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effitrain.io.nf4 import BLOCK, NESTED_BLOCK, NF4Tensor, dynamic_code
+from effitrain.io.nf4 import BLOCK, NESTED_BLOCK, NF4Tensor
+from effitrain.kernels.backend import usable
+from effitrain.kernels.nf4_dequantize import dynamic_code_on, nf4_dequantize
 
 _CHUNK = 2**20  # weights quantised at once: on a CPU bitsandbytes takes temporaries of 20 bytes for each
 
@@ -31,27 +33,28 @@ def quantize(weight: Tensor) -> NF4Tensor:
 
 
 def dequantize(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights [out, in] that ``weight`` stands for, in ``dtype``."""
+    """The weights [out, in] that ``weight`` stands for, in ``dtype``.
+
+    bitsandbytes' CPU kernel starts a new block at each row, though blocks run on across rows: it is told of one row.
+    """
+    if usable("nf4_dequantize", weight.nested_absmax):
+        return nf4_dequantize(weight, dtype)
     _bitsandbytes()
-    code = _code_on(weight.packed.device)
+    code = dynamic_code_on(weight.packed.device)
     absmax = torch.ops.bitsandbytes.dequantize_blockwise(
         weight.absmax, weight.nested_absmax, code, weight.nested_blocksize, torch.float32
     )
     absmax += weight.offset
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        weight.packed, absmax, weight.blocksize, "nf4", list(weight.shape), dtype
+    flat = [torch.Size(weight.shape).numel()]
+    return torch.ops.bitsandbytes.dequantize_4bit(weight.packed, absmax, weight.blocksize, "nf4", flat, dtype).view(
+        weight.shape
     )
 
 
 def warm_up(device: torch.device) -> None:
     """Load what is loaded once a process, real tensors among it, before steps are run on shapes alone."""
     _bitsandbytes()
-    _code_on(device)
-
-
-@cache
-def _code_on(device: torch.device) -> Tensor:
-    return dynamic_code().to(device)
+    dynamic_code_on(device)
 
 
 @cache

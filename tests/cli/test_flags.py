@@ -36,6 +36,7 @@ FLAGS = {
     "chat": f"{ADAPT} --template --prompt --max-new-tokens --temperature",
     "export": "--model --output-dir -o --config --adapter --to",
     "doctor": "",
+    "bench": "",
 }
 
 
