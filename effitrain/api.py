@@ -15,13 +15,12 @@ from effitrain.adapters.base import Clock, adapter_class
 from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.core.budget import MemoryBudget
-from effitrain.core.errors import BudgetError, InputError
+from effitrain.core.errors import InputError
 from effitrain.core.memory import SLOTS
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
 from effitrain.core.report import Report
-from effitrain.core.spec import spec_from_config
-from effitrain.core.units import format_bytes
+from effitrain.core.spec import ModelSpec, spec_from_config
 from effitrain.data.batches import Batches, longest
 from effitrain.data.prepare import PreparedData, check_data, prepare_data
 from effitrain.evals.chat import ChatSession
@@ -51,7 +50,7 @@ from effitrain.train.hooks import (
 from effitrain.train.job import Job, assemble, chosen, make_batches, resume, save_and_reload
 from effitrain.train.loop import train
 from effitrain.train.memory import Meter, cap_memory
-from effitrain.train.probe import probe
+from effitrain.train.probe import OverBudget, probe
 from effitrain.train.proof import proved
 from effitrain.train.state import TrainState, check_checkpoint, checkpoints
 
@@ -105,7 +104,7 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
 
     Raises:
         InputError: something asked for is wrong or missing.
-        BudgetError: nothing fits.
+        BudgetError: nothing fits, or a trial step shows that the plan does not.
         Interrupted: asked to stop, after saving.
     """
     events = events or Events()
@@ -140,8 +139,19 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
     write_json(folder.path / "plan.json", the_plan.to_json())
     try:
         return _carry_out(resolved, the_plan, device, folder, base, events)
-    except torch.OutOfMemoryError:
-        raise _over_budget("The run asked for more", the_plan) from None
+    except OverBudget as error:
+        leaner = _leaner_plan(error, base.spec, recipe, budget)
+        if leaner is None:
+            raise
+        events.note(f"{error.fact} Planning anew with less.")
+        events.planned(leaner)
+        resolved = resolve(recipe, leaner)
+        folder = folder.note(recipes=sorted({*folder.notes["recipes"], resolved.fingerprint()}))
+        write_text(folder.path / "recipe.yaml", resolved.to_yaml())
+        write_json(folder.path / "plan.json", leaner.to_json())
+        return _carry_out(resolved, leaner, device, folder, base, events)
+    except torch.OutOfMemoryError as error:
+        raise OverBudget(the_plan, None) from error
 
 
 def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, Any]:
@@ -218,11 +228,12 @@ def _carry_out(
     )
     for warning in _pageable(job.decoder):
         events.note(warning)
-    _prove_budget(job, the_plan, meter)
+    evaluated = make_batches(data.eval, recipe)
+    _prove_budget(job, the_plan, meter, evaluated)
 
     checkpoint_folder = folder.path / "checkpoints"
     state = resume(recipe, checkpoint_folder, job, events.note)
-    scores = _Scores(job.decoder, make_batches(data.eval, recipe), folder, state, events)
+    scores = _Scores(job.decoder, evaluated, folder, state, events)
     if not scores.points:
         scores.add("before")
     every = recipe.save_every or max(1, job.course.steps // 10)
@@ -365,17 +376,26 @@ def _cap(device: torch.device, the_plan: Plan) -> None:
         cap_memory(the_plan.budget_bytes, the_plan.overhead_bytes)
 
 
-def _prove_budget(job: Job, the_plan: Plan, meter: Meter) -> None:
-    """A trial step on the longest micro-batch, before training; stops the run when it takes more than the budget."""
-    probe(job.decoder, longest(job.batches), job.optimizer, job.clock, meter)
+def _prove_budget(job: Job, the_plan: Plan, meter: Meter, evaluated: Batches) -> None:
+    """A trial step and evaluation on the longest micro-batches, before training.
+
+    Raises:
+        OverBudget: they take more than the budget.
+    """
+    micro = [longest(job.batches)] * the_plan.settings.at_once
+    last = longest(evaluated) if evaluated.per_epoch else None
+    try:
+        probe(job.decoder, micro, job.optimizer, job.clock, meter, the_plan.settings.by_layer, last)
+    except torch.OutOfMemoryError:
+        raise OverBudget(the_plan, None) from None
     if meter.peak() > the_plan.budget_bytes:
-        raise _over_budget(f"A trial step took {format_bytes(meter.peak())}", the_plan)
+        raise OverBudget(the_plan, meter.peak())
 
 
-def _over_budget(fact: str, the_plan: Plan) -> BudgetError:
-    return BudgetError(
-        f"{fact}, and the budget is {format_bytes(the_plan.budget_bytes)}.",
-        f"The plan expected {format_bytes(the_plan.peak_bytes)}.",
-        "Try a smaller --batch-size or --max-seq-len, or --recompute layer.",
-        plan=the_plan,
-    )
+def _leaner_plan(error: OverBudget, spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> Plan | None:
+    """A plan with room for what the trial took beyond the old one's prediction; None where there is no other."""
+    room = budget.gpu_bytes - (error.measured_bytes - error.plan.peak_bytes)
+    leaner = make_plan(spec, recipe, replace(budget, gpu_bytes=max(room, 1)))
+    if not leaner.fits or leaner.settings == error.plan.settings:
+        return None
+    return replace(leaner, budget_bytes=budget.gpu_bytes)

@@ -6,12 +6,29 @@ from contextlib import nullcontext
 import torch
 
 from effitrain.adapters.base import Clock
+from effitrain.core.errors import BudgetError
+from effitrain.core.plan import Plan
+from effitrain.core.units import format_bytes
 from effitrain.data.batches import MicroBatch
 from effitrain.model.decoder import Decoder
 from effitrain.train.loop import accumulate
 from effitrain.train.loss import loss_sum
 from effitrain.train.memory import Meter, model_tensors, optimizer_tensors
 from effitrain.train.optim import set_lr
+
+
+class OverBudget(BudgetError):
+    """A trial took more than the budget; ``measured_bytes`` is how much, None where the allocator refused more."""
+
+    def __init__(self, plan: Plan, measured_bytes: int | None):
+        self.measured_bytes = plan.budget_bytes * 11 // 10 if measured_bytes is None else measured_bytes
+        took = "asked for more" if measured_bytes is None else f"took {format_bytes(measured_bytes)}"
+        super().__init__(
+            f"A step {took}, and the budget is {format_bytes(plan.budget_bytes)}.",
+            f"The plan expected {format_bytes(plan.peak_bytes)}.",
+            "Try a smaller --batch-size or --max-seq-len, or --recompute layer.",
+            plan=plan,
+        )
 
 
 def probe(
