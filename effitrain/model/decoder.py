@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effitrain.core.errors import InputError
-from effitrain.core.spec import LinearSpec, ModelSpec
+from effitrain.core.spec import PRUNABLE, LinearSpec, ModelSpec
 from effitrain.kernels.swiglu import swiglu
 from effitrain.model import attention
 from effitrain.model.recompute import recompute
@@ -105,28 +105,37 @@ class Decoder(nn.Module):
         Returns:
             [N, H], or [B, T, H].
         """
-        flat = input_ids.dim() == 1
-        if flat:
+        x, context = self.embed(input_ids, position_ids, segments, cache)
+        for layer in self.layers:
+            x = self.run(layer, x, context)
+        x = self.model.norm(x)  # type: ignore[operator]
+        return x[0] if input_ids.dim() == 1 else x
+
+    def embed(
+        self, input_ids: Tensor, position_ids: Tensor, segments: Sequence[int] | None = None, cache: Any = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What the first layer gets, for arguments as in ``forward``: embedded tokens [B, T, H] (B is 1 for a flat
+        row), and the context that every layer shares.
+        """
+        if input_ids.dim() == 1:
             input_ids, position_ids = input_ids[None], position_ids[None]
         x = self.model.embed_tokens(input_ids)  # type: ignore[operator]
         if self.offload:
             self.offload.reset()
         rope = self.model.rotary_emb(x, position_ids.to(x.device))  # type: ignore[operator]
-        for layer in self.layers:
-            x = self._run(layer, x, {"position_embeddings": rope, "past_key_values": cache, "segments": segments})
-        x = self.model.norm(x)  # type: ignore[operator]
-        return x[0] if flat else x
+        return x, {"position_embeddings": rope, "past_key_values": cache, "segments": segments}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output projection: [..., H] to [..., V]."""
         return self.lm_head(hidden)
 
-    def _run(self, layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def run(self, layer: nn.Module, x: Tensor, context: dict[str, Any]) -> Tensor:
+        """One layer, on what it or the one before got from ``embed``: [B, T, H] to [B, T, H]."""
         if not (self.recompute_layers and torch.is_grad_enabled()):
-            return layer(x, attention_mask=None, **kwargs)
+            return layer(x, attention_mask=None, **context)
         parameters = [p for p in layer.parameters() if p.requires_grad]
         last: FrozenLinear = layer.mlp.last  # type: ignore[union-attr, assignment]
-        return recompute(lambda h: layer(h, attention_mask=None, **kwargs), x, parameters, last, self.offload)
+        return recompute(lambda h: layer(h, attention_mask=None, **context), x, parameters, last, self.offload)
 
     def set_recompute(self, what: str) -> None:
         """Keep for the backward pass all activations (``none``), those outside the MLPs (``mlp``), or the layers'
@@ -167,8 +176,12 @@ def build(spec: ModelSpec, config: Mapping[str, Any], name: str) -> Decoder:
 
 def _replace(layer: nn.Module, linear: LinearSpec) -> None:
     stock = layer.get_submodule(linear.name)
-    assert isinstance(stock, nn.Linear) and (stock.out_features, stock.in_features) == (
-        linear.out_features,
-        linear.in_features,
+    # A pruned layer is narrower than what transformers builds; its attention counts heads by the linears' sizes.
+    assert isinstance(stock, nn.Linear) and all(
+        side == whole or (axis in PRUNABLE and side < whole)
+        for side, whole, axis in (
+            (linear.out_features, stock.out_features, linear.out_axis),
+            (linear.in_features, stock.in_features, linear.in_axis),
+        )
     ), f"{linear.name}: the spec says {linear.out_features}x{linear.in_features}, transformers builds {stock}"
     layer.set_submodule(linear.name, FrozenLinear(linear))

@@ -15,7 +15,7 @@ from effitrain.io.hub import ModelSource, check_weights, fetch_weights, find_mod
 from effitrain.io.nf4 import NF4Tensor
 from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
 from effitrain.io.tokenizer import load_tokenizer
-from effitrain.model.decoder import Decoder, build
+from effitrain.model.decoder import Decoder, Embedding, build
 from effitrain.quant.linear import FrozenLinear
 from effitrain.quant.nf4 import quantize
 
@@ -133,36 +133,75 @@ def fill(
         InputError: a tensor is missing, has another shape, or holds NaN or infinity.
     """
 
-    def dense(name: str, shape: tuple[int, ...], where: torch.device = device) -> Tensor:
-        tensor = weights.read(name, where)
+    filling = Filling(weights, quant, dtype, device)
+    filling.embedding(decoder, host_embedding)
+    filling.head(decoder)
+    for index in range(len(decoder.layers)):
+        filling.layer(decoder, index)
+        progress(f"model.layers.{index}")
+    filling.rest(decoder)
+    return decoder
+
+
+@dataclass(frozen=True)
+class Filling:
+    """Gives modules their weights, part by part, under the arguments and errors of ``fill``."""
+
+    weights: Weights
+    quant: str
+    dtype: torch.dtype
+    device: torch.device
+
+    def embedding(self, decoder: Decoder, on_host: bool) -> None:
+        """The token embedding."""
+        table = decoder.model.embed_tokens
+        assert isinstance(table, Embedding)
+        where = torch.device("cpu") if on_host else self.device
+        table.device = self.device
+        table.weight = self.dense("model.embed_tokens.weight", (decoder.spec.vocab, decoder.spec.hidden), where)
+
+    def head(self, decoder: Decoder) -> None:
+        """The head; where it is tied, the embedding that is in place or a copy of it."""
+        spec, embedding = decoder.spec, decoder.model.embed_tokens
+        assert isinstance(embedding, Embedding)
+        name = "model.embed_tokens.weight" if spec.tied else "lm_head.weight"
+        if spec.tied and embedding.weight is not None:
+            table = embedding.weight.to(self.device)
+        else:
+            table = self.dense(name, (spec.vocab, spec.hidden))
+        frozen(decoder.lm_head).weight = table
+
+    def layer(self, decoder: Decoder, index: int) -> None:
+        """One decoder layer, adapted or not."""
+        prefix, layer = f"model.layers.{index}.", decoder.layers[index]
+        for linear in decoder.spec.layers[index].linears:
+            _fill_linear(frozen(layer.get_submodule(linear.name)), prefix + linear.name, self)
+        self._parameters(layer, prefix)
+
+    def rest(self, decoder: Decoder) -> None:
+        """The final norm, and the rotary tables, which are computed and not stored."""
+        self._parameters(decoder.model.norm, "model.norm.")  # type: ignore[arg-type]
+        rotary: Any = decoder.model.rotary_emb
+        decoder.model.rotary_emb = type(rotary)(config=decoder.config).to(self.device)
+
+    def dense(self, name: str, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+        """One tensor in the compute dtype, checked."""
+        tensor = self.weights.read(name, self.device if device is None else device)
         if tuple(tensor.shape) != shape:
             raise InputError(
                 f"{name} has the shape {tuple(tensor.shape)}, and config.json asks for {shape}.",
                 "The checkpoint and its config.json do not belong together.",
             )
-        if not weights.trusted and not _finite(tensor):
+        if not self.weights.trusted and not _finite(tensor):
             raise InputError(f"{name} holds NaN or infinite values.", "The checkpoint is damaged.")
-        return tensor.to(dtype)
+        return tensor.to(self.dtype)
 
-    spec, model = decoder.spec, decoder.model
-    table = (spec.vocab, spec.hidden)
-    embedding: Any = model.embed_tokens
-    embedding.device = device
-    embedding.weight = dense("model.embed_tokens.weight", table, torch.device("cpu") if host_embedding else device)
-    head = decoder.lm_head
-    assert isinstance(head, FrozenLinear)
-    head.weight = embedding.weight.to(device) if spec.tied else dense("lm_head.weight", table)
-    for index, layer in enumerate(decoder.layers):
-        prefix = f"model.layers.{index}."
-        for name, module in layer.named_modules():
-            if isinstance(module, FrozenLinear):
-                _fill_linear(module, f"{prefix}{name}", weights, dense, quant, device)
-        _fill_parameters(layer, prefix, dense)
-        progress(prefix.rstrip("."))
-    _fill_parameters(model.norm, "model.norm.", dense)  # type: ignore[arg-type]
-    rotary: Any = model.rotary_emb
-    model.rotary_emb = type(rotary)(config=decoder.config).to(device)  # its tables are computed, not stored
-    return decoder
+    def _parameters(self, module: nn.Module, prefix: str) -> None:
+        for name, parameter in list(module.named_parameters()):
+            if parameter.is_meta:
+                path, _, leaf = name.rpartition(".")
+                filled = nn.Parameter(self.dense(prefix + name, tuple(parameter.shape)), requires_grad=False)
+                setattr(module.get_submodule(path), leaf, filled)
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -170,30 +209,20 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all())
 
 
-def _fill_linear(
-    linear: FrozenLinear,
-    name: str,
-    weights: Weights,
-    dense: Callable[[str, tuple[int, ...]], Tensor],
-    quant: str,
-    device: torch.device,
-) -> None:
+def frozen(module: nn.Module) -> FrozenLinear:
+    """The frozen linear that ``module`` is, or that an adapter wraps."""
+    return next(inner for inner in module.modules() if isinstance(inner, FrozenLinear))
+
+
+def _fill_linear(linear: FrozenLinear, name: str, filling: Filling) -> None:
     shape = (linear.out_features, linear.in_features)
-    if weights.is_nf4(f"{name}.weight"):
-        stored = weights.read_nf4(f"{name}.weight", device)
+    if filling.weights.is_nf4(f"{name}.weight"):
+        stored = filling.weights.read_nf4(f"{name}.weight", filling.device)
         if tuple(stored.shape) != shape:
             raise InputError(f"{name}.weight has the shape {stored.shape}, and config.json asks for {shape}.")
         linear.weight = stored
     else:
-        full = dense(f"{name}.weight", shape)
-        linear.weight = quantize(full) if quant == "nf4" else full
+        full = filling.dense(f"{name}.weight", shape)
+        linear.weight = quantize(full) if filling.quant == "nf4" else full
     if linear.spec.bias:
-        linear.bias = dense(f"{name}.bias", (linear.out_features,))
-
-
-def _fill_parameters(module: nn.Module, prefix: str, dense: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-    for name, parameter in list(module.named_parameters()):
-        if parameter.is_meta:
-            path, _, leaf = name.rpartition(".")
-            filled = nn.Parameter(dense(prefix + name, tuple(parameter.shape)), requires_grad=False)
-            setattr(module.get_submodule(path), leaf, filled)
+        linear.bias = filling.dense(f"{name}.bias", (linear.out_features,))
