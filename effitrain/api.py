@@ -14,6 +14,8 @@ from effitrain.adapters.base import Clock, adapter_class
 from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.core.budget import MemoryBudget
+from effitrain.core.choices import sequence_length
+from effitrain.core.cut import small_spec
 from effitrain.core.errors import BudgetError, InputError
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
@@ -23,14 +25,19 @@ from effitrain.data.batches import Batches, longest
 from effitrain.data.prepare import PreparedData, check_data, prepare_data
 from effitrain.evals.chat import ChatSession
 from effitrain.evals.perplexity import Evaluation, evaluate_loss
+from effitrain.evals.recovered import compare
 from effitrain.io.atomic import remove_stale, write_json, write_text
 from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.hub import fetch_weights
+from effitrain.io.keep import KEEP, read_keep, write_keep
 from effitrain.io.machine import find_budget
 from effitrain.io.run_folder import RunFolder, open_run
 from effitrain.model.decoder import Decoder
 from effitrain.model.load import Base, find_base, load_model
 from effitrain.planning import plan, recipe
+from effitrain.pruning.calibration import calibrate
+from effitrain.pruning.recover import recover_adapter
+from effitrain.pruning.small import Small, make_small
 from effitrain.report.files import write_report
 from effitrain.train.hooks import (
     Checkpoints,
@@ -49,7 +56,7 @@ from effitrain.train.memory import Meter, cap_memory
 from effitrain.train.probe import probe
 from effitrain.train.state import TrainState, check_checkpoint, checkpoints
 
-__all__ = ["Events", "chat", "evaluate", "export", "plan", "recipe", "run"]
+__all__ = ["Events", "chat", "evaluate", "export", "plan", "prune", "recipe", "recover", "run"]
 
 
 class Events:
@@ -112,7 +119,7 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False) -> 
         raise refusal(the_plan)
     if dry_run:
         return None
-    _check_can_run(the_plan)
+    _check_can_run(the_plan, ("resident", "prune"))
     device, resolved = _device(budget), resolve(recipe, the_plan)
     known = folder.notes["recipes"] if folder.knows(asked) else []
     folder = folder.note(recipes=sorted({*known, asked.fingerprint(), resolved.fingerprint()}))
@@ -161,9 +168,7 @@ def export(
     Raises:
         InputError: the target exists, or adapter and model do not belong together.
     """
-    path = Path(target)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists already.", next_step="Name a new folder with -o.")
+    path = _new_folder(target)
     bundle = read_adapter(adapter_folder(adapter))
     base = find_base(recipe.model)
     check_fits(base.spec, bundle)
@@ -175,10 +180,47 @@ def export(
     return path
 
 
+def prune(recipe: Recipe, tell: Callable[[str], None] = lambda text: None) -> Path:
+    """Write a small model to ``recipe.output_dir``: pruned, aligned, ready to train on; returns the folder.
+
+    Args:
+        recipe: with ``fit="prune"`` and a ratio; calibrates on the training part of its data set.
+        tell: told of progress.
+
+    Raises:
+        InputError: the model, the text or the folder cannot be used.
+    """
+    base, target = find_base(recipe.model), Path(recipe.output_dir)
+    small_spec(base.spec, recipe)
+    budget = find_budget(recipe)
+    dtype = recipe.dtype if recipe.dtype != "auto" else budget.half if budget.device == "cuda" else "fp32"
+    recipe = recipe.changed(dtype=dtype, max_seq_len=sequence_length(base.spec, recipe))
+    base = base.fetched()
+    make_small(base, recipe, lambda: calibrate(recipe, base), _device(budget), target, tell)
+    return target
+
+
+def recover(adapter: str, keep: str, model: str, target: str) -> Path:
+    """Turn an adapter of a small model into one of the full-size model, from files alone; returns its folder.
+
+    Args:
+        adapter: an adapter folder, or the run folder that holds it.
+        keep: keep.safetensors, or the folder of the small model or run that holds it.
+        model: the full-size model.
+        target: the new folder.
+
+    Raises:
+        InputError: the three do not belong together, or the target exists.
+    """
+    path = _new_folder(target)
+    recover_adapter(adapter_folder(adapter), read_keep(Path(keep)), find_base(model).fetched(), path)
+    return path
+
+
 def _carry_out(
     recipe: Recipe, the_plan: Plan, device: torch.device, folder: RunFolder, base: Base, events: Events
 ) -> Report:
-    """Load, probe, train, save and report what the plan says."""
+    """Load, (prune), probe, train, (recover), save and report what the plan says."""
     remove_stale(folder.path)
     base = base.fetched()
     data = prepare_data(recipe, base.tokenizer(), chosen(recipe.max_seq_len))
@@ -186,7 +228,24 @@ def _carry_out(
     events.data(data)
     meter = Meter(device)
     _cap(device, the_plan)
-    job = assemble(recipe, base, data.train, device, lambda part: events.loaded(part, base.spec.num_layers))
+    small = _make_small(recipe, base, data, device, folder, events) if the_plan.fit == "prune" else None
+    trained_on, adapter = (small.base, "adapter-small") if small else (base, "adapter")
+    state, points = _train(recipe, the_plan, meter, folder, trained_on, data, events, adapter)
+    pruned = None
+    if small:
+        bundle = recover_adapter(folder.path / adapter, small.keep, base, folder.path / "adapter")
+        batches = make_batches(data.eval, recipe)
+        pruned, points = compare(recipe, base, device, batches, bundle, points, events.evaluated)
+    return write_report(folder.path, recipe, the_plan, state, data.stats, points, meter.peak(), pruned)
+
+
+def _train(
+    recipe: Recipe, the_plan: Plan, meter: Meter, folder: RunFolder, base: Base, data: PreparedData, events: Events,
+    adapter: str,
+) -> tuple[TrainState, list[tuple[int, float]]]:  # fmt: skip
+    """Train on ``base`` and save the adapter; where training ended, and the losses on the evaluation set by step."""
+    layers = base.spec.num_layers
+    job = assemble(recipe, base, data.train, meter.device, lambda part: events.loaded(part, layers))
     _prove_budget(job, the_plan, meter)
 
     checkpoint_folder = folder.path / "checkpoints"
@@ -202,10 +261,19 @@ def _carry_out(
         events.training(state.step, job.course.steps)
         hooks = [*_watchers(recipe, folder, state, scores, events), saver, stop]
         train(job.decoder, job.batches, job.optimizer, job.course, state, job.clock, hooks, meter.peak)
-    save_and_reload(job, recipe, folder.path / "adapter", base.name)
+    save_and_reload(job, recipe, folder.path / adapter, base.name)
     if len(scores.points) < 2 or scores.points[-1][0] < state.step:
         scores.add("after")
-    return write_report(folder.path, recipe, the_plan, state, data.stats, scores.points, meter.peak())
+    return state, scores.points
+
+
+def _make_small(
+    recipe: Recipe, base: Base, data: PreparedData, device: torch.device, folder: RunFolder, events: Events
+) -> Small:
+    """The small model of a run that prunes, in ``small/``, and its keep map beside it."""
+    small = make_small(base, recipe, lambda: calibrate(recipe, base, data), device, folder.path / "small", events.note)
+    write_keep(folder.path / KEEP, small.keep)
+    return small
 
 
 class _Scores:
@@ -264,7 +332,7 @@ def _ready(recipe: Recipe, adapter: str | None) -> tuple[Base, Decoder, Recipe]:
     the_plan = make_plan(base.spec, recipe, budget)
     if not the_plan.fits:
         raise refusal(the_plan)
-    _check_can_run(the_plan)
+    _check_can_run(the_plan, ("resident",))
     base, recipe, device = base.fetched(), resolve(recipe, the_plan), _device(budget)
     _cap(device, the_plan)
     decoder = load_model(base, recipe, device).eval()
@@ -276,17 +344,23 @@ def _ready(recipe: Recipe, adapter: str | None) -> tuple[Base, Decoder, Recipe]:
 def _check_starting_points(recipe: Recipe, base: Base) -> None:
     """An adapter or checkpoint to go on from is looked at before anything large is fetched."""
     if recipe.init_adapter:
-        check_fits(base.spec, read_adapter(adapter_folder(recipe.init_adapter)))
+        spec = base.spec if recipe.prune_ratio is None else small_spec(base.spec, recipe)
+        check_fits(spec, read_adapter(adapter_folder(recipe.init_adapter)))
     if recipe.resume not in ("auto", "never"):
         check_checkpoint(Path(recipe.resume))
 
 
-def _check_can_run(the_plan: Plan) -> None:
-    if the_plan.fit != "resident":
-        name = {"stream": "Layer streaming", "prune": "Pruning"}[the_plan.fit]
-        raise InputError(
-            f"The plan is --fit {the_plan.fit}: {name} is not in this version yet, though it can be planned."
-        )
+def _check_can_run(the_plan: Plan, fits: tuple[str, ...]) -> None:
+    if the_plan.fit not in fits or the_plan.settings.streamed:
+        way = f"--fit {the_plan.fit}" + (" with streamed layers" if the_plan.settings.streamed else "")
+        raise InputError(f"The plan is {way}: that is not in this version yet, though it can be planned.")
+
+
+def _new_folder(target: str) -> Path:
+    path = Path(target)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists already.", next_step="Name a new folder with -o.")
+    return path
 
 
 def _device(budget: MemoryBudget) -> torch.device:

@@ -1,7 +1,7 @@
 """A small model as a view of a large one: every tensor a selection of rows and columns, read when it is asked for."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -19,6 +19,8 @@ from effitrain.io.nf4 import NF4Tensor
 from effitrain.io.writer import write_shards
 from effitrain.model.load import Weights
 
+FACTS = "prune.json"
+
 
 class Source(Weights, Protocol):
     """The full-size weights: a checkpoint on disk or synthetic ones."""
@@ -33,6 +35,10 @@ class Source(Weights, Protocol):
         """Its dtype."""
 
 
+def _unchanged(name: str, tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(frozen=True)
 class CutWeights:
     """The weights that a keep map leaves of ``source``, under the protocol of a checkpoint.
@@ -41,7 +47,7 @@ class CutWeights:
         source: the full-size weights, not quantised.
         spec: their shape.
         keep: what survives.
-        replaced: tensors that take the place of the cut ones, such as aligned weights.
+        edit: changes a cut tensor, given its name, such as an ``Aligner``; shape and dtype stay.
         trusted: files may hold NaN.
     """
 
@@ -50,7 +56,7 @@ class CutWeights:
     source: Source
     spec: ModelSpec
     keep: KeepMap
-    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    edit: Callable[[str, Tensor], Tensor] = _unchanged
 
     def __post_init__(self) -> None:
         self.keep.check(self.spec)
@@ -71,25 +77,21 @@ class CutWeights:
         }
 
     def names(self) -> list[str]:
-        """Every weight."""
-        return [*self.source.names(), *(name for name in self.replaced if not self.source.has(name))]
+        """Every weight, the layers' in the order of layers."""
+        return sorted(self.source.names(), key=_layer_of)
 
     def has(self, name: str) -> bool:
         """Whether there is such a weight."""
-        return name in self.replaced or self.source.has(name)
+        return self.source.has(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of the weight."""
-        return self.replaced[name].dtype if name in self.replaced else self.source.dtype(name)
+        return self.source.dtype(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the weight after cutting."""
-        if name in self.replaced:
-            return tuple(self.replaced[name].shape)
-        kept = self._kept(name)
-        return tuple(
-            size if i is None else len(i) for size, i in zip(self.source.shape(name), kept, strict=False)
-        ) + tuple(self.source.shape(name)[len(kept) :])
+        whole, kept = self.source.shape(name), self._kept(name)
+        return tuple(size if i is None else len(i) for size, i in zip(whole, kept or [None] * len(whole), strict=True))
 
     def is_nf4(self, name: str) -> bool:
         """Never: a selection of quantised weights would need other scales."""
@@ -100,14 +102,12 @@ class CutWeights:
         raise InputError(f"{name} is not stored in NF4.")
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """One weight: the kept rows and columns, bit by bit as they are."""
-        if name in self.replaced:
-            return self.replaced[name].to(device)
+        """One weight: the kept rows and columns, bit by bit as they are unless they are edited."""
         tensor = self.source.read(name)
         for dim, indices in enumerate(self._kept(name)):
             if indices is not None:
                 tensor = tensor.index_select(dim, torch.tensor(indices))
-        return tensor.to(device)
+        return self.edit(name, tensor).to(device)
 
     def fingerprint(self) -> str:
         """That of the source: it is what an adapter of the full-size model belongs to."""
@@ -123,11 +123,17 @@ class CutWeights:
         return (rows,) if kind == "bias" else (rows, self.keep.indices(layer, linear.in_axis))
 
 
+def _layer_of(name: str) -> int:
+    """The layer that a tensor belongs to; what lies outside the layers comes first."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+
+
 def write_cut(
     target: Path,
     weights: CutWeights,
     config: Mapping[str, Any],
     source: Path | None,
+    facts: Callable[[], Mapping[str, Any]] = dict,
     progress: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write a small model as a folder, complete or not at all, one tensor in memory at a time.
@@ -137,6 +143,7 @@ def write_cut(
         weights: the small model.
         config: of the full-size model.
         source: the folder of the full-size model; None for synthetic weights.
+        facts: asked at the end for what to write down in prune.json.
         progress: told each tensor's name.
     """
 
@@ -151,3 +158,4 @@ def write_cut(
         write_shards(tmp, layout, read)
         write_json(tmp / "config.json", pruned_config(config, weights.spec.resized(weights.keep.widths)))
         write_keep(tmp / KEEP, weights.keep)
+        write_json(tmp / FACTS, facts())

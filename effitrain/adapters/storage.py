@@ -39,7 +39,11 @@ class AdapterBundle:
 
 
 def save_adapter(
-    folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], config: AdapterConfig, base_model: str
+    folder: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    config: AdapterConfig,
+    base_model: str,
+    base_fingerprint: str | None = None,
 ) -> None:
     """Write an adapter to ``folder``, complete or not at all; one already there is replaced.
 
@@ -48,13 +52,15 @@ def save_adapter(
         factors: L [out, r] and R [r, in] by module path, saved as lora_B and lora_A: any low-rank kind loads as LoRA.
         config: rank and scale, the same for all.
         base_model: written down for whoever loads it.
+        base_fingerprint: of the base's weights, put beside the tensors where it is known.
     """
     tensors: dict[str, Tensor] = {}
     for path, (left, right) in factors.items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = right.float().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = left.float().cpu().contiguous()
     with atomic_folder(folder) as tmp:
-        write_safetensors(tmp / WEIGHTS, tensors, {"format": "pt"})
+        known = {"base_fingerprint": base_fingerprint} if base_fingerprint else {}
+        write_safetensors(tmp / WEIGHTS, tensors, {"format": "pt", **known})
         write_json(tmp / CONFIG, _peft_config(list(factors), config, base_model))
 
 

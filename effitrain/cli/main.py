@@ -10,8 +10,8 @@ import click
 from effitrain.cli.flags import unknown_option_hint
 from effitrain.core.errors import EffitrainError
 
-VERBS = ("plan", "run", "eval", "chat", "export", "doctor")
-_LATER_VERBS = {"prune": "pruning", "recover": "pruning", "bench": "the kernel benchmarks", "store": "layer streaming"}
+VERBS = ("plan", "run", "prune", "recover", "eval", "chat", "export", "doctor")
+_LATER_VERBS = {"bench": "the kernel benchmarks", "store": "layer streaming"}
 
 
 class _Verbs(click.Group):

@@ -61,7 +61,10 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> list[Way]:
     stream = [Way("stream", "streamed", spec, recipe, budget)] if can_stream else []
     prune: list[Way] = []
     if recipe.fit == "prune" or (recipe.fit == "auto" and spec.num_layers > 2):
-        cut = {ratio: cut_spec(spec, ratio, recipe.prune_parts, recipe.prune_exempt) for ratio in ratios}
+        cut = {
+            ratio: cut_spec(spec, ratio, recipe.prune_parts, recipe.prune_exempt, recipe.prune_round)
+            for ratio in ratios
+        }
         kept: tuple[Weights, ...] = ("resident", "streamed") if can_stream else ("resident",)
         kept = kept if recipe.resident_layers is None else ("streamed",)
         prune = [Way("prune", weights, cut[ratio], recipe, budget, ratio) for weights in kept for ratio in ratios]

@@ -115,7 +115,7 @@ class EmptyCheckpoint(SyntheticCheckpoint):
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One weight, uninitialised."""
-        return torch.empty(self.shape(name), dtype=self.dtype, device=device)
+        return torch.empty(self.shape(name), dtype=self.dense_dtype, device=device)
 
     def _all_bytes(self, name: str, count: int, device: torch.device | str) -> Tensor:
         return torch.empty(count, dtype=torch.uint8, device=device)

@@ -40,10 +40,10 @@ class Walk:
     def __init__(self, decoder: Decoder, weights: Weights, quant: str, dtype: torch.dtype, device: torch.device):
         self.decoder, self.device = decoder, device
         self._filling = Filling(weights, quant, dtype, device)
+        self._filling.rest(decoder)
 
     def start(self, batches: Sequence[MicroBatch]) -> list[Passing]:
         """The micro-batches before the first layer."""
-        self._filling.rest(self.decoder)
         self._filling.embedding(self.decoder, on_host=True)
         passing = []
         for batch in batches:

@@ -3,9 +3,10 @@
 import json
 import platform
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from effitrain.core.plan import Plan
 from effitrain.core.recipe import Recipe
@@ -30,6 +31,7 @@ def write_report(
     data: DataStats,
     evals: Sequence[tuple[int, float]],
     measured_peak_bytes: int,
+    prune: Mapping[str, Any] | None = None,
 ) -> Report:
     """Write the report of a finished run; report.json comes last, for it marks the run as finished.
 
@@ -41,6 +43,7 @@ def write_report(
         data: counts of the training data.
         evals: (step, loss) on the evaluation set, the first one before training.
         measured_peak_bytes: of the device.
+        prune: what pruning and recovery did, for a run that pruned.
     """
     scored = [loss for _, loss in evals]
     report = Report(
@@ -54,6 +57,7 @@ def write_report(
         memory=Memory(plan.budget_bytes, plan.peak_bytes, measured_peak_bytes, _peak_rss_bytes()),
         data=DataUse(data.samples, data.trained_share, data.truncated, data.dropped),
         versions=versions(),
+        prune=prune,
         warnings=tuple(_warnings(plan, data, evals, measured_peak_bytes)),
     )
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -111,7 +111,7 @@ def test_an_interrupted_cut_leaves_nothing(model, uneven, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_cut(tmp_path / "small", cut, full.base.source.config, full.folder, stop)
+        write_cut(tmp_path / "small", cut, full.base.source.config, full.folder, progress=stop)
     assert not list(tmp_path.iterdir())
 
 
