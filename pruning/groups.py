@@ -73,7 +73,7 @@ def _traced(config: Mapping[str, Any]) -> set[tuple[str, int]]:
             hf_config.use_cache = False
             model = transformers.AutoModelForCausalLM.from_config(hf_config)
             graph = torch_pruning.DependencyGraph().build_dependency(
-                model, torch.zeros(1, 8, dtype=torch.long), output_transform=lambda out: out.logits
+                model, {"input_ids": torch.zeros(1, 8, dtype=torch.long)}, output_transform=lambda out: out.logits
             )
             layer = model.model.layers[0]
             cut = torch_pruning.prune_linear_out_channels

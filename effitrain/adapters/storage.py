@@ -19,7 +19,7 @@ from effitrain.adapters.base import Adapter, AdapterConfig
 from effitrain.core.errors import InputError
 from effitrain.io.atomic import atomic_folder, write_json, write_safetensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 _PREFIX = "base_model.model."
 
 
@@ -52,16 +52,17 @@ def save_adapter(
         factors: L [out, r] and R [r, in] by module path, saved as lora_B and lora_A: any low-rank kind loads as LoRA.
         config: rank and scale, the same for all.
         base_model: written down for whoever loads it.
-        base_fingerprint: of the base's weights, put beside the tensors where it is known.
+        base_fingerprint: of the base's weights, in a file ``base.json`` where it is known.
     """
     tensors: dict[str, Tensor] = {}
     for path, (left, right) in factors.items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = right.float().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = left.float().cpu().contiguous()
     with atomic_folder(folder) as tmp:
-        known = {"base_fingerprint": base_fingerprint} if base_fingerprint else {}
-        write_safetensors(tmp / WEIGHTS, tensors, {"format": "pt", **known})
+        write_safetensors(tmp / WEIGHTS, tensors, {"format": "pt"})
         write_json(tmp / CONFIG, _peft_config(list(factors), config, base_model))
+        if base_fingerprint:  # peft warns of keys in its own file that it does not know
+            write_json(tmp / BASE, {"name": base_model, "fingerprint": base_fingerprint})
 
 
 def adapter_folder(path: str) -> Path:

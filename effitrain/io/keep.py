@@ -21,7 +21,7 @@ def write_keep(path: Path, keep: KeepMap) -> None:
         tensors[f"layers.{index}.ffn"] = torch.tensor(layer.ffn, dtype=torch.int32)
         tensors[f"layers.{index}.kv_heads"] = torch.tensor(layer.kv_heads, dtype=torch.int32)
     facts = {name: getattr(keep, name) for name in (*_SIZES, "base", "fingerprint")}
-    write_safetensors(path, tensors, {"format": "pt", "keep_map": json.dumps(facts)})
+    write_safetensors(path, tensors, {"keep_map": json.dumps(facts)})
 
 
 def read_keep(path: Path) -> KeepMap:
