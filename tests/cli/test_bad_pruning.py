@@ -27,7 +27,6 @@ def small(effitrain, full, rows, tmp_path_factory) -> Path:
 RUN = ["run", "--fit", "prune", "--max-steps", 1, "--max-seq-len", 64]
 # Name of a case: the flags of a run that prunes, words that the message must hold.
 RUNS = {
-    "no ratio": ([], ("--prune-ratio", "0.5")),
     "negative ratio": (["--prune-ratio", -0.1], ("--prune-ratio", "-0.1")),
     "everything": (["--prune-ratio", 1], ("--prune-ratio", "1")),
     "more than everything": (["--prune-ratio", 1.2], ("--prune-ratio", "1.2")),
@@ -36,7 +35,7 @@ RUNS = {
     "unknown score": (["--prune-ratio", 0.5, "--prune-score", "snip"], ("--prune-score", "wanda")),
     "unknown alignment": (["--prune-ratio", 0.5, "--align", "lst"], ("--align", "lsq")),
     "alignment of a later version": (["--prune-ratio", 0.5, "--align", "train"], ("--align train", "this version")),
-    "exempt is one number": (["--prune-ratio", 0.5, "--prune-exempt", "3"], ("--prune-exempt", "3")),
+    "exempt is one number": (["--prune-ratio", 0.5, "--prune-exempt", "3"], ("--prune-exempt", "4,2")),
     "exempt below zero": (["--prune-ratio", 0.5, "--prune-exempt", "1,-1"], ("--prune-exempt", "-1")),
     "every layer exempt": (["--prune-ratio", 0.5, "--prune-exempt", "1,1"], ("--prune-exempt 1,1", "none of the 2")),
     "rounding to nothing": (["--prune-ratio", 0.5, "--prune-round", 0], ("--prune-round", "0")),
@@ -64,8 +63,12 @@ def refused(answer, *words):
 
 
 def test_pruning_flags_without_pruning(effitrain, full, tmp_path):
-    answer = effitrain("run", "--model", full, "--prune-ratio", 0.5, "--align", "none", "-o", tmp_path / "out")
-    refused(answer, "--prune-ratio needs --fit prune", "--align needs --fit prune")
+    flags = ["--fit", "resident", "--prune-ratio", 0.5, "--align", "none", "-o", tmp_path / "out"]
+    refused(effitrain("run", "--model", full, *flags), "--prune-ratio is for --fit prune", "--align is for --fit prune")
+
+
+def test_the_verb_needs_a_ratio(effitrain, full, tmp_path):
+    refused(effitrain("prune", "--model", full, "-o", tmp_path / "out"), "needs a ratio", "--prune-ratio 0.5")
 
 
 def test_a_calibration_set_that_is_too_small(effitrain, full, tmp_path):
