@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from effitrain.adapters.attach import attach
-from effitrain.adapters.base import Clock, adapter_class
+from effitrain.adapters.base import AdapterConfig, Clock, adapter_class
 from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.core.budget import MemoryBudget
@@ -21,11 +21,12 @@ from effitrain.core.plan import Plan, make_plan, refusal, resolve
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
 from effitrain.core.report import Report
 from effitrain.core.units import format_bytes
-from effitrain.data.batches import Batches, longest
+from effitrain.data.batches import longest
 from effitrain.data.prepare import PreparedData, check_data, prepare_data
 from effitrain.evals.chat import ChatSession
 from effitrain.evals.perplexity import Evaluation, evaluate_loss
-from effitrain.evals.recovered import compare
+from effitrain.evals.recovered import compare, facts
+from effitrain.evals.scores import Scores
 from effitrain.io.atomic import remove_stale, write_json, write_text
 from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.hub import fetch_weights
@@ -36,10 +37,12 @@ from effitrain.model.decoder import Decoder
 from effitrain.model.load import Base, find_base, load_model
 from effitrain.planning import plan, recipe
 from effitrain.pruning.calibration import calibrate
+from effitrain.pruning.loraprune import LoRAPrune
 from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import Small, make_small
 from effitrain.report.files import write_report
 from effitrain.train.hooks import (
+    Calls,
     Checkpoints,
     EveryN,
     Hook,
@@ -228,7 +231,8 @@ def _carry_out(
     events.data(data)
     meter = Meter(device)
     _cap(device, the_plan)
-    small = _make_small(recipe, base, data, device, folder, events) if the_plan.fit == "prune" else None
+    pruning = recipe.prune_method if the_plan.fit == "prune" else None
+    small = _make_small(recipe, base, data, device, folder, events) if pruning == "loram" else None
     trained_on, adapter = (small.base, "adapter-small") if small else (base, "adapter")
     state, points = _train(recipe, the_plan, meter, folder, trained_on, data, events, adapter)
     pruned = None
@@ -236,6 +240,8 @@ def _carry_out(
         bundle = recover_adapter(folder.path / adapter, small.keep, base, folder.path / "adapter")
         batches = make_batches(data.eval, recipe)
         pruned, points = compare(recipe, base, device, batches, bundle, points, events.evaluated)
+    elif pruning:
+        pruned = facts(recipe, points, [])
     return write_report(folder.path, recipe, the_plan, state, data.stats, points, meter.peak(), pruned)
 
 
@@ -243,14 +249,18 @@ def _train(
     recipe: Recipe, the_plan: Plan, meter: Meter, folder: RunFolder, base: Base, data: PreparedData, events: Events,
     adapter: str,
 ) -> tuple[TrainState, list[tuple[int, float]]]:  # fmt: skip
-    """Train on ``base`` and save the adapter; where training ended, and the losses on the evaluation set by step."""
+    """Train, and save the adapter or what LoRAPrune leaves; where that ended, and losses by step."""
     layers = base.spec.num_layers
     job = assemble(recipe, base, data.train, meter.device, lambda part: events.loaded(part, layers))
+    pruner = None
+    if the_plan.fit == "prune" and recipe.prune_method == "loraprune":
+        pruner = LoRAPrune(job.decoder, job.adapters, small_spec(base.spec, recipe).widths, job.course.steps)
+        job.trainable.update(pruner.state())
     _prove_budget(job, the_plan, meter)
 
     checkpoint_folder = folder.path / "checkpoints"
     state = resume(recipe, checkpoint_folder, job, events.note)
-    scores = _Scores(job.decoder, make_batches(data.eval, recipe), folder, state, events)
+    scores = Scores(job.decoder, make_batches(data.eval, recipe), folder, state, events.evaluated)
     if not scores.points:
         scores.add("before")
     every = recipe.save_every or max(1, job.course.steps // 10)
@@ -260,8 +270,13 @@ def _train(
     with StopOnSignal(saver) as stop:
         events.training(state.step, job.course.steps)
         hooks = [*_watchers(recipe, folder, state, scores, events), saver, stop]
+        if pruner:
+            hooks.insert(0, Calls(pruner.after_backward, pruner.after_step))
         train(job.decoder, job.batches, job.optimizer, job.course, state, job.clock, hooks, meter.peak)
-    save_and_reload(job, recipe, folder.path / adapter, base.name)
+    if pruner:
+        pruner.write(base, AdapterConfig.of(recipe), folder.path / "model")
+    else:
+        save_and_reload(job, recipe, folder.path / adapter, base.name)
     if len(scores.points) < 2 or scores.points[-1][0] < state.step:
         scores.add("after")
     return state, scores.points
@@ -276,24 +291,7 @@ def _make_small(
     return small
 
 
-class _Scores:
-    """Losses on the evaluation set by step, noted in the run folder so that a resumed run keeps them."""
-
-    def __init__(self, decoder: Decoder, batches: Batches, folder: RunFolder, state: TrainState, events: Events):
-        self.decoder, self.batches, self.folder, self.state, self.events = decoder, batches, folder, state, events
-        self.points = [(step, loss) for step, loss in folder.notes.get("evals", []) if step <= state.step]
-
-    def add(self, when: str) -> None:
-        """Evaluate now; does nothing when there is no evaluation set."""
-        if not self.batches.per_epoch:
-            return
-        evaluation = evaluate_loss(self.decoder, self.batches)
-        self.points.append((self.state.step, evaluation.loss))
-        self.folder.note(evals=self.points)
-        self.events.evaluated(when, evaluation)
-
-
-def _watchers(recipe: Recipe, folder: RunFolder, state: TrainState, scores: _Scores, events: Events) -> list[Hook]:
+def _watchers(recipe: Recipe, folder: RunFolder, state: TrainState, scores: Scores, events: Events) -> list[Hook]:
     hooks: list[Hook] = [MetricsFile(folder.path / "metrics.jsonl", state.step), Listener(events.step)]
     if recipe.eval_every:
         hooks.append(EveryN(recipe.eval_every, lambda state: scores.add(f"step {state.step}")))

@@ -18,8 +18,9 @@ from effitrain.data.batches import MicroBatch
 from effitrain.model.load import frozen
 from effitrain.model.walk import Passing, Walk
 
-# Of the mean square of the inputs: 0.01 leaves well-measured directions alone and damps those that text hardly uses.
-RIDGE = 1e-2
+# As a share of the inputs' mean square. On a 3M-parameter model, share of the gain that arrived in 60 steps: at ratio
+# 0.5, 0.906 with 0.01, 0.920 with 0.1, 0.921 with 1 (0.864 unaligned); at 0.75, 0.766, 0.786 and, with 0.3, 0.788.
+RIDGE = 0.3
 
 
 @dataclass(frozen=True)

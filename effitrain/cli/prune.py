@@ -7,7 +7,7 @@ import click
 from effitrain.cli.flags import DATA_FIELDS, recipe_fields, recipe_flags
 from effitrain.core.recipe import PRUNE_FIELDS
 
-_CHOICES = [field for field in PRUNE_FIELDS if field != "small_model"]
+_CHOICES = [field for field in PRUNE_FIELDS if field not in ("small_model", "prune_method")]
 _DATA = [*DATA_FIELDS, "eval_dataset", "eval_fraction", "max_seq_len", "seed", "dtype"]
 
 

@@ -185,6 +185,9 @@ class Recipe(BaseModel):
     prune_parts: Literal["ffn+kv", "ffn", "kv"] = _flag(
         "ffn+kv", "What is pruned: FFN channels, KV heads with their query heads", group="pruning"
     )
+    prune_method: Literal["loram", "loraprune"] = _flag(
+        "loram", "loram: train small, infer large; loraprune: prune while training, for a small model", group="pruning"
+    )
     prune_score: Literal["random", "magnitude", "wanda", "flap", "taylor"] = _flag(
         "wanda", "What decides which channels and heads stay", group="pruning"
     )
@@ -223,7 +226,7 @@ RUNTIME_FIELDS = {"output_dir", "resume", "report_to", "save_every", "keep_check
 
 # Fields that only a run that prunes reads.
 PRUNE_FIELDS = (
-    *("prune_ratio", "prune_parts", "prune_score", "prune_round", "prune_exempt"),
+    *("prune_ratio", "prune_parts", "prune_method", "prune_score", "prune_round", "prune_exempt"),
     *("align", "calib_dataset", "small_model"),
 )
 
@@ -282,6 +285,12 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"--fit stream computes each layer again, and --recompute {recipe.recompute} does not."
     if recipe.resident_layers is not None and recipe.fit not in ("auto", "stream", "prune"):
         yield f"--resident-layers is for models that stream, and --fit is {recipe.fit}."
+    if recipe.prune_method == "loraprune":
+        for field in ("prune_score", "align", "calib_dataset", "small_model"):
+            if getattr(recipe, field) != Recipe.model_fields[field].default:
+                yield f"{_flag_name(field)} is for --prune-method loram; loraprune scores by its own gradients."
+        if recipe.method != "lora":
+            yield f"--prune-method loraprune reads the gradients of a LoRA, and --method is {recipe.method}."
     if recipe.fit not in ("auto", "prune"):
         for field in PRUNE_FIELDS:
             if getattr(recipe, field) != Recipe.model_fields[field].default:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.choices import Choice, Weights, best, list_choices
-from effitrain.core.cut import cut_spec
+from effitrain.core.cut import cut_spec, small_spec
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 
@@ -55,6 +55,9 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> list[Way]:
     Raises:
         InputError: the recipe's ratio or exempt layers leave nothing to prune.
     """
+    if recipe.prune_method == "loraprune" and recipe.fit == "prune":
+        small_spec(spec, recipe)
+        return [Way("prune", "resident", spec, recipe, budget, recipe.prune_ratio)]  # the whole model, masked
     can_stream = recipe.recompute in ("auto", "layer")
     ratios = PRUNE_RATIOS if recipe.prune_ratio is None else (recipe.prune_ratio,)
     resident = [Way("resident", "resident", spec, recipe, budget)] if recipe.resident_layers is None else []

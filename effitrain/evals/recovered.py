@@ -42,12 +42,16 @@ def compare(
             evaluation = evaluate_walked(base, recipe, device, batches, worn)
             tell(when, evaluation)
             points.append((step, evaluation.loss))
-    gains = [losses[0][1] - losses[-1][1] for losses in (points, small) if losses]
-    facts = {
+    return facts(recipe, small, points), points
+
+
+def facts(recipe: Recipe, small: Points, full: Points) -> dict[str, Any]:
+    """The report's ``prune``, from losses by step of the small model and, where there is an adapter, the full one."""
+    gains = [losses[0][1] - losses[-1][1] for losses in (full, small) if losses]
+    return {
         "ratio": recipe.prune_ratio,
         "parts": recipe.prune_parts,
         "small_before": small[0][1] if small else None,
         "small_after": small[-1][1] if small else None,
         "gain_share": gains[0] / gains[1] if len(gains) == 2 and gains[1] > 0 else None,
     }
-    return facts, points

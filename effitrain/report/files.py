@@ -58,6 +58,7 @@ def write_report(
         data=DataUse(data.samples, data.trained_share, data.truncated, data.dropped),
         versions=versions(),
         prune=prune,
+        adapter="adapter" if (folder / "adapter").is_dir() else None,
         warnings=tuple(_warnings(plan, data, evals, measured_peak_bytes)),
     )
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

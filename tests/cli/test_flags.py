@@ -26,6 +26,7 @@ RUN = f"""
     --max-seq-len --batch-size --grad-accum --lr --schedule --warmup --epochs --max-steps --seed
     --weight-decay --max-grad-norm --optimizer
     --method --lora-r --lora-alpha --lora-dropout --lora-targets --lora-rslora --no-lora-rslora --init-adapter
+    --prune-method
     --prune-ratio --prune-parts --prune-score --prune-round --prune-exempt --align --calib-dataset --small-model
 """
 PRUNE = "--prune-ratio --prune-parts --prune-score --prune-round --prune-exempt --align --calib-dataset"
@@ -126,7 +127,13 @@ PRUNING = {
     "prune_ratio": 0.25, "prune_parts": "ffn", "prune_score": "magnitude", "prune_round": 32, "prune_exempt": (1, 0),
     "align": "none", "calib_dataset": "other",
 }  # fmt: skip
-REFUSED = {"small_model": "nowhere", "fit": "stream", "method": "loro", "resume": "nowhere"}
+REFUSED = {
+    "prune_method": "loraprune",
+    "small_model": "nowhere",
+    "fit": "stream",
+    "method": "loro",
+    "resume": "nowhere",
+}
 
 
 def test_every_field_has_its_place():

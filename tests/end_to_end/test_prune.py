@@ -149,3 +149,40 @@ def test_synthetic_weights_rehearse_it(effitrain, counting, tmp_path):
     )
     assert answer.code == 0, answer.err
     assert not (tmp_path / "o/small").exists() and (tmp_path / "o/keep.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def pruned_while_training(effitrain, full, flags, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("loraprune") / "out"
+    chosen = ["--fit", "prune", "--prune-method", "loraprune", "--prune-ratio", 0.5, "--max-steps", 20]
+    answer = effitrain("run", "--model", full, *flags, *chosen, "--save-every", 8, "--keep-checkpoints", 9, "-o", out)
+    assert answer.code == 0, answer.err
+    return out
+
+
+def test_loraprune_leaves_a_small_model_that_is_used_like_any_other(pruned_while_training, effitrain, counting):
+    out = pruned_while_training
+    report = read(out / "report.json")
+    assert report["adapter"] is None and not (out / "adapter").exists()
+    assert report["prune"]["small_after"] == report["loss"]["eval_after"] < report["loss"]["eval_before"]
+    assert read(out / "model/config.json")["effitrain_widths"] == {"ffn": [112, 56, 56, 112], "kv_heads": [2, 1, 1, 2]}
+    answer = effitrain("eval", "--model", out / "model", "--dataset", counting, "--max-seq-len", 96, "--json")
+    assert answer.code == 0 and math.isfinite(json.loads(answer.out)["loss"])
+    answer = effitrain("chat", "--model", out / "model", "--prompt", "Count", "--max-new-tokens", 3)
+    assert answer.code == 0, answer.err
+
+
+def test_loraprune_goes_on_from_a_checkpoint_as_if_nothing_had_happened(pruned_while_training, effitrain, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned_while_training, copy)
+    for gone in ("report.json", "report.html"):
+        (copy / gone).unlink()
+    shutil.rmtree(copy / "model")
+    for step in (16, 20):
+        shutil.rmtree(copy / f"checkpoints/step-{step}")
+    answer = effitrain("run", "--config", copy / "recipe.yaml", "-o", copy)
+    assert answer.code == 0 and "step 8 of 20" in answer.out, answer
+    weights = [(out / "model/model.safetensors").read_bytes() for out in (copy, pruned_while_training)]
+    assert weights[0] == weights[1] and losses(copy) == losses(pruned_while_training)
