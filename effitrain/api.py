@@ -199,6 +199,7 @@ def prune(recipe: Recipe, tell: Callable[[str], None] = lambda text: None) -> Pa
     dtype = recipe.dtype if recipe.dtype != "auto" else budget.half if budget.device == "cuda" else "fp32"
     recipe = recipe.changed(dtype=dtype, max_seq_len=sequence_length(base.spec, recipe))
     base = base.fetched()
+    remove_stale(target.parent, target.name)
     make_small(base, recipe, lambda: calibrate(recipe, base), _device(budget), target, tell)
     return target
 
