@@ -42,7 +42,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["effitrain*"]),
-    package_data={"effitrain": ["py.typed"], "effitrain.presets": ["*.toml", "tiny/*", "tiny_data/*"]},
+    package_data={
+        "effitrain": ["py.typed"],
+        "effitrain.kernels": ["tiles.json"],
+        "effitrain.presets": ["*.toml", "tiny/*", "tiny_data/*"],
+    },
     install_requires=CORE,
     extras_require={"test": TEST, "peft": ["peft>=0.17"], "track": ["tensorboard", "wandb"]},
     entry_points={"console_scripts": ["effitrain = effitrain.cli.main:main"]},

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effitrain.kernels.backend import tl, triton, usable
+
 IGNORED = -100
+COLUMNS = 4096  # of a row that a program holds at once
 CHUNK_BYTES = 64 * 2**20  # of float32 logits alive; smaller chunks read the head's weight more often
 Head = Callable[[Tensor], Tensor]
 
@@ -80,8 +83,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden, None, None, None, None, *parameters
 
 
+@triton.jit
+def _softmax(z_ptr, label_ptr, loss_ptr, V, COLS: tl.constexpr):
+    """Loss of one row, whose logits become their gradient; read twice, written once, nothing in between."""
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * V
+    label = tl.load(label_ptr + row)
+    picked = tl.load(z_ptr + label).to(tl.float32)  # before the reductions, at which all warps meet, and the stores
+    top, norm = float("-inf"), 0.0
+    for start in range(0, V, COLS):
+        col = start + tl.arange(0, COLS)
+        z = tl.load(z_ptr + col, mask=col < V, other=float("-inf")).to(tl.float32)
+        above = tl.maximum(top, tl.max(z, 0))
+        norm = norm * tl.exp(top - above) + tl.sum(tl.exp(z - above), 0)
+        top = above
+    tl.store(loss_ptr + row, tl.log(norm) + top - picked)
+    for start in range(0, V, COLS):
+        col = start + tl.arange(0, COLS)
+        z = tl.load(z_ptr + col, mask=col < V, other=float("-inf")).to(tl.float32)
+        grad = tl.exp(z - top) / norm - tl.where(col == label, 1.0, 0.0)
+        tl.store(z_ptr + col, grad.to(z_ptr.dtype.element_ty), mask=col < V)
+
+
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of losses and d(loss)/d(logits), which takes the place of ``logits``."""
+    if logits.is_contiguous() and usable("linear_cross_entropy", logits):
+        losses = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
+        _softmax[(len(labels),)](logits, labels, losses, logits.shape[1], COLS=COLUMNS, num_warps=8)
+        return losses.sum(), logits
     z = logits.float()
     z -= z.amax(-1, keepdim=True)
     picked = z.gather(-1, labels[:, None])

@@ -17,7 +17,7 @@ from effitrain.io.keep import KEEP, write_keep
 from effitrain.io.model_folder import copy_companions
 from effitrain.io.nf4 import NF4Tensor
 from effitrain.io.writer import write_shards
-from effitrain.model.load import Weights
+from effitrain.quant.read import Weights
 
 FACTS = "prune.json"
 

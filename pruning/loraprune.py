@@ -20,7 +20,8 @@ from effitrain.adapters.storage import AdapterBundle
 from effitrain.core.keep import KeepMap, LayerKeep
 from effitrain.core.spec import PRUNABLE, Axis, LayerSpec, ModelSpec, Widths
 from effitrain.model.decoder import Decoder
-from effitrain.model.load import Base, frozen
+from effitrain.model.load import Base
+from effitrain.model.walk import frozen
 from effitrain.pruning.cut import CutWeights, Source, write_cut
 from effitrain.pruning.groups import members, per_group
 

@@ -11,8 +11,7 @@ from effitrain.core.errors import InputError
 from effitrain.core.spec import Axis
 from effitrain.data.batches import MicroBatch
 from effitrain.kernels.linear_cross_entropy import linear_cross_entropy
-from effitrain.model.load import frozen
-from effitrain.model.walk import Passing, Walk
+from effitrain.model.walk import Passing, Walk, frozen
 from effitrain.pruning.scores.seen import Seen, SeenLayer
 
 Scores = Mapping[int, Mapping[Axis, Tensor]]

@@ -20,7 +20,7 @@ from effitrain.data.cache import default_cache_dir
 from effitrain.io.atomic import write_safetensors
 from effitrain.io.keep import read_keep
 from effitrain.model.decoder import build
-from effitrain.model.load import DTYPES, Base, find_base
+from effitrain.model.load import Base, find_base
 from effitrain.model.walk import Walk
 from effitrain.pruning.align import Aligner, Fit
 from effitrain.pruning.calibration import Calibration
@@ -28,6 +28,7 @@ from effitrain.pruning.cut import FACTS, CutWeights, Source, write_cut
 from effitrain.pruning.groups import check_family
 from effitrain.pruning.score import needs, score_layers
 from effitrain.pruning.select import Scores, select
+from effitrain.quant.read import DTYPES
 
 _CODE_VERSION = 1  # raise it when the same choices would give another small model
 

@@ -18,9 +18,11 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -31,23 +33,29 @@ TEST_SECONDS = 240  # at most, of the whole
 # Seconds a run takes until the first of its model has shown it: start, weights, and 11 steps on a card of 150 TFLOP/s.
 GUESS = {"llama-3.2-1b": 45, "llama-3.1-8b": 75}
 SLACK = 1.3
+BENCH_SECONDS = 60  # of the kernels of an 8B layer, with what torch.compile takes for three of them
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run. ``packed``: samples of many lengths share rows of ``max_seq_len``; otherwise every row is one sample."""
+    """One run. ``packed``: samples of many lengths share rows of ``max_seq_len``; otherwise every row is one sample.
+    ``kernels``: with ours; otherwise torch, cuBLAS and bitsandbytes compute everything.
+    """
 
     model: str
     max_seq_len: int
     recompute: str
     packed: bool = False
+    kernels: bool = True
 
 
 # The most telling first: the clock cuts from the end.
 SETTINGS = (
     Setting("llama-3.1-8b", 2048, "layer"),
+    Setting("llama-3.1-8b", 2048, "layer", kernels=False),
     Setting("llama-3.2-1b", 2048, "layer"),
     Setting("llama-3.2-1b", 2048, "none"),
+    Setting("llama-3.2-1b", 2048, "none", kernels=False),
     Setting("llama-3.1-8b", 2048, "layer", packed=True),
     Setting("llama-3.1-8b", 2048, "none"),
     Setting("llama-3.1-8b", 512, "layer"),
@@ -103,7 +111,10 @@ def suite(out: Path, deadline: float, seconds: float) -> int:
             result["seconds"] = round(seconds - (deadline - time.monotonic()), 1)
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(result, indent=2) + "\n")
-    failed = [part for part in (result["tests"], *result["runs"]) if "failed" in part]
+        result["kernels"] = time_kernels(Path(work), deadline - time.monotonic())
+        say("kernels", result["kernels"])
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    failed = [part for part in (result["tests"], *result["runs"], result["kernels"]) if "failed" in part]
     print(f"{result['seconds']:.0f} s, {len(failed)} parts failed; results in {out}")
     return int(bool(failed))
 
@@ -147,6 +158,18 @@ def tests(work: Path, seconds: float) -> dict[str, Any]:
     return {**counts, "failed": broken} if broken or done.returncode else counts
 
 
+def time_kernels(work: Path, left: float) -> dict[str, Any]:
+    """What ``effitrain bench kernels`` prints, in the time that is left."""
+    if left < BENCH_SECONDS:
+        return {"skipped": f"{left:.0f} s are left and it takes about {BENCH_SECONDS} s"}
+    command = [sys.executable, "-P", "-m", "effitrain", "bench", "kernels", "--json", "--shapes", "8B"]
+    try:
+        done = run(command, work, left)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done when the {left:.0f} s that were left had passed"}
+    return {"failed": last_lines(done)} if done.returncode else json.loads(done.stdout)
+
+
 def attempt(setting: Setting, work: Path, deadline: float, before: list[dict[str, Any]]) -> dict[str, Any]:
     """One setting in a process of its own, or why not."""
     shown = [run["seconds"] for run in before if run["model"] == setting.model and "seconds" in run]
@@ -156,7 +179,7 @@ def attempt(setting: Setting, work: Path, deadline: float, before: list[dict[str
     command = [sys.executable, "-P", __file__, "--setting", json.dumps(asdict(setting)), "--work", str(work)]
     started = time.monotonic()
     try:
-        done = run(command, work, left)
+        done = run(command, work, left, {} if setting.kernels else {"EFFITRAIN_KERNELS_OFF": "all"})
     except subprocess.TimeoutExpired:
         return {"failed": f"not done when the {left:.0f} s that were left had passed"}
     if done.returncode:
@@ -164,9 +187,11 @@ def attempt(setting: Setting, work: Path, deadline: float, before: list[dict[str
     return {**json.loads(done.stdout.splitlines()[-1]), "seconds": round(time.monotonic() - started, 1)}
 
 
-def run(command: list[str], work: Path, seconds: float) -> subprocess.CompletedProcess[str]:
-    """``command`` with a data cache that goes away with ``work``."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(work / "cache"), "PYTHONUNBUFFERED": "1"}
+def run(
+    command: list[str], work: Path, seconds: float, more: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
+    """``command`` with a data cache that goes away with ``work``, and ``more`` in its environment."""
+    environment = {**os.environ, **more, "XDG_CACHE_HOME": str(work / "cache"), "PYTHONUNBUFFERED": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=environment)
 
 

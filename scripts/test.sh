@@ -12,7 +12,9 @@ export OMP_NUM_THREADS=1 # threads of two workers on shared cores cost more than
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 .venv/bin/python -m mypy
-.venv/bin/python -P -m pytest -n 2 --dist loadfile -m "not slow and not gpu" --ignore=tests/aot "$@"
-if [[ $# == 0 && -d tests/aot ]]; then
-    .venv/bin/python -P -m pytest tests/aot
+# Triton either interprets its kernels or compiles them, whichever a process began with: hence three.
+.venv/bin/python -P -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not interpreter" --ignore=tests/aot "$@"
+if [[ $# == 0 ]]; then
+    TRITON_INTERPRET=1 .venv/bin/python -P -m pytest -n 2 -m "interpreter and not slow" tests/kernels
+    .venv/bin/python -P -m pytest -n 2 -m "not slow" tests/aot
 fi

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "effitrain"
 
 # A room may import itself and the rooms to its right, except the pairs in APART.
 ROOMS = [
-    *("cli", "api", "planning", "report", "evals", "train", "pruning", "adapters"),
+    *("cli", "api", "carry_out", "planning", "report", "evals", "train", "pruning", "adapters"),
     *("model", "stream", "data", "quant", "io", "kernels", "core"),
 ]
 APART = {("train", "pruning")}
@@ -36,7 +36,7 @@ def python_files(*folders: str) -> list[Path]:
 def text_files() -> Iterator[Path]:
     """Every file a clone holds, data files too."""
     for top in ROOT.iterdir():
-        if top.is_file():
+        if top.is_file() and top.name != ".git":  # a file in a worktree
             yield top
         elif top.name in {"effitrain", "kernels", "pruning", "scripts", "tests", "benchmarks", ".ci"}:
             yield from (path for path in top.rglob("*") if path.is_file() and path.suffix != ".pyc")

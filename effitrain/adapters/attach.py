@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from effitrain.adapters.base import Adapter, AdapterConfig, Clock, adapter_class
 from effitrain.core.errors import InputError
+from effitrain.kernels.backend import usable
+from effitrain.kernels.lora_linear import Linear, lora_linear
 from effitrain.model.decoder import Decoder
 from effitrain.quant.linear import FrozenLinear
 
@@ -19,7 +21,15 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
+        linear = self.as_linear() if usable("lora_linear", x) else None
+        if linear is not None:
+            return lora_linear(x, linear)
         return self.adapter(x, self.base.matmul(x))
+
+    def as_linear(self) -> Linear | None:
+        """Base and update as the fused kernels take them; None when the adapter has a form of its own."""
+        update = self.adapter.low_rank()
+        return None if update is None else Linear(self.base, update)
 
 
 def attach(decoder: Decoder, config: AdapterConfig, clock: Clock) -> dict[str, Adapter]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
+from effitrain.kernels.lora_linear import LowRank
 
 
 class LinearView(Protocol):
@@ -69,11 +70,19 @@ class Clock:
     step: int = 0
     micro_batch: int = 0
 
+    def at_micro_batch(self, number: int) -> None:
+        """Training goes on with micro-batch ``number`` of the step."""
+        self.micro_batch = number
+
+
+def seed_of(*key: int | str) -> int:
+    """A seed below 2^63 that depends on ``key`` alone."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "little") >> 1
+
 
 def generator(device: torch.device, *key: int | str) -> torch.Generator:
     """A random generator that depends on ``key`` alone, never on what was drawn before."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 class Adapter(nn.Module):
@@ -98,6 +107,10 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """``y`` plus the update's share, [..., out]; may write into ``y``, the fresh output of the frozen linear."""
         raise NotImplementedError
+
+    def low_rank(self) -> LowRank | None:
+        """The update as the fused kernels take it, in place of ``forward``; None when it has another form."""
+        return None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L [out, k] and R [k, in] in float32, detached: delta W = scaling L R."""

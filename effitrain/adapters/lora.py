@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from effitrain.adapters.base import Adapter, AdapterConfig, Clock, LinearView, generator
+from effitrain.adapters.base import Adapter, AdapterConfig, Clock, LinearView, generator, seed_of
+from effitrain.kernels.lora_linear import LowRank
 
 
 class LoRA(Adapter):
@@ -38,6 +39,11 @@ class LoRA(Adapter):
             return y.addmm_(low, up, alpha=self.scaling)
         return y.baddbmm_(low, up.expand(len(y), -1, -1), alpha=self.scaling)
 
+    def low_rank(self) -> LowRank:
+        """The same update; what dropout drops is drawn by counter."""
+        dropout = self.dropout if self.training else 0.0
+        return LowRank(self.A, self.B, self.scaling, dropout=dropout, seed=seed_of(*self._key()) % 2**31)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """B and A."""
         return self.B.detach(), self.A.detach()
@@ -49,10 +55,13 @@ class LoRA(Adapter):
             self.A.copy_(right)
 
     def _drop(self, x: Tensor) -> Tensor:
-        clock = self.clock
-        source = generator(x.device, clock.seed, clock.step, clock.micro_batch, self.name)
+        source = generator(x.device, *self._key())
         keep = torch.rand(x.shape, generator=source, device=x.device) >= self.dropout
         return x * keep / (1 - self.dropout)
+
+    def _key(self) -> tuple[int | str, ...]:
+        """What decides which elements are dropped."""
+        return self.clock.seed, self.clock.step, self.clock.micro_batch, self.name
 
 
 ADAPTER = LoRA

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 @click.command("chat")
 @recipe_flags([*MODEL_FIELDS, "template", *MEMORY_FIELDS])
 @click.option("--adapter", metavar="DIR", help="Adapter folder, or a run folder that holds one.")
-@click.option("--prompt", help="Answer this and end; without it, talk.")
+@click.option("--prompt", multiple=True, help="Answer this and end; several are answered together. Without it, talk.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
-def command(adapter: str | None, prompt: str | None, max_new_tokens: int, temperature: float, **flags: Any) -> None:
+def command(
+    adapter: str | None, prompt: tuple[str, ...], max_new_tokens: int, temperature: float, **flags: Any
+) -> None:
     """Generate text from a model, with or without an adapter."""
     from effitrain.planning import recipe
 
@@ -25,8 +27,13 @@ def command(adapter: str | None, prompt: str | None, max_new_tokens: int, temper
     from effitrain import api
 
     session = api.chat(asked, adapter)
-    if prompt is not None:
-        _answer(session, [{"role": "user", "content": prompt}], max_new_tokens, temperature)
+    asked_of = [[{"role": "user", "content": text}] for text in prompt]
+    if len(asked_of) == 1:
+        _answer(session, asked_of[0], max_new_tokens, temperature)
+    elif asked_of:
+        for text in session.answers(asked_of, max_new_tokens, temperature):
+            click.echo(text)
+    if asked_of:
         return
     click.echo("An empty line ends the chat.", err=True)
     messages: list[dict[str, str]] = []

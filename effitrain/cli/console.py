@@ -1,5 +1,7 @@
 """What the terminal shows of a run, from the plan to the last step."""
 
+import sys
+
 from tqdm import tqdm
 
 from effitrain.api import Events
@@ -10,16 +12,20 @@ from effitrain.data.prepare import PreparedData
 from effitrain.evals.perplexity import Evaluation
 from effitrain.train.hooks import StepRecord
 
+LOGGED_LINES = 10  # of training, where no terminal shows a bar
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits 80 columns
+
 
 class Console(Events):
-    """Prints what ``api.run`` tells, with a bar for loading and one for training."""
+    """Prints what ``api.run`` tells, with a bar for loading and one for training; in a log, a line every tenth."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
 
     def note(self, text: str) -> None:
-        """A line of its own; a running bar stays below it."""
+        """A line of its own, at once; a running bar stays below it."""
         tqdm.write(text)
+        sys.stdout.flush()
 
     def planned(self, plan: Plan) -> None:
         """The plan's table."""
@@ -28,9 +34,17 @@ class Console(Events):
     def loaded(self, part: str, layers: int) -> None:
         """One more layer in place."""
         if self.bar is None:
-            self.bar = tqdm(total=layers, desc="loading", unit="layer", leave=False)
+            self.bar = _bar("loading", layers, leave=False)
         self.bar.update()
         if self.bar.n == layers:
+            self.close()
+
+    def stored(self, done: int, parts: int) -> None:
+        """One more part of the store."""
+        if self.bar is None:
+            self.bar = tqdm(total=parts, desc="building the store", unit="part", leave=False)
+        self.bar.update(done - self.bar.n)
+        if done == parts:
             self.close()
 
     def data(self, data: PreparedData) -> None:
@@ -38,8 +52,9 @@ class Console(Events):
         stats = data.stats
         self.note(
             f"Data: {stats.samples} samples ({stats.format}, template {stats.template}), {stats.tokens} tokens,"
-            f" {stats.trained_share:.0%} trained; {stats.truncated} truncated, {stats.dropped} dropped;"
-            f" {len(data.eval)} samples for evaluation. One sample, its trained part marked:"
+            f" {stats.trained_share:.0%} trained;\n"
+            f"{stats.truncated} truncated, {stats.dropped} dropped; {len(data.eval)} samples for evaluation.\n"
+            "One sample, its trained part marked:"
         )
         self.note(data.preview)
 
@@ -49,17 +64,19 @@ class Console(Events):
 
     def training(self, done: int, steps: int) -> None:
         """Open the bar."""
-        self.bar = tqdm(total=steps, initial=done, desc="training", unit="step")
+        self.bar = _bar("training", steps, done)
 
     def step(self, record: StepRecord) -> None:
-        """Loss, speed and memory beside the bar."""
+        """Loss, speed and memory, beside the bar or in a line."""
         if self.bar is None:
             return
-        self.bar.set_postfix_str(
-            f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} tok/s, {format_bytes(record.device_peak_bytes)}"
-        )
+        speed, memory = f"{record.tokens_per_second:,.0f} tok/s", format_bytes(record.device_peak_bytes)
+        told, steps = f"loss {record.loss:.3f}, {speed}, {memory}", self.bar.total
+        if self.bar.disable and record.step * LOGGED_LINES // steps > (record.step - 1) * LOGGED_LINES // steps:
+            self.note(f"Step {record.step} of {steps}: {told}")
+        self.bar.set_postfix_str(told)
         self.bar.update()
-        if self.bar.n == self.bar.total:
+        if record.step == steps:
             self.close()
 
     def close(self) -> None:
@@ -67,6 +84,11 @@ class Console(Events):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def _bar(what: str, total: int, done: int = 0, leave: bool = True) -> tqdm:
+    """A progress bar, which shows nothing where stderr is no terminal."""
+    return tqdm(desc=what, total=total, initial=done, leave=leave, bar_format=_BAR, disable=None)
 
 
 class KeepsPlan(Events):

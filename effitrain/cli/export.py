@@ -19,6 +19,6 @@ def command(adapter: str, to: str, **flags: Any) -> None:
     asked = recipe(**recipe_fields(flags))
     from effitrain import api
 
-    with tqdm(desc="merging", unit="tensor", disable=to != "merged") as bar:
+    with tqdm(desc="merging", unit="tensor", disable=to != "merged" or None) as bar:  # None: no bar in a log
         written = api.export(asked, adapter, asked.output_dir, to, lambda name: bar.update() and None)
     click.echo(f"Written: {written}")

@@ -10,13 +10,20 @@ from effitrain.cli.flags import recipe_fields, recipe_flags
 
 @click.command("plan")
 @recipe_flags()
+@click.option("--prove", is_flag=True, help="Check it by running the real step on shapes alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print plan.json.")
-def command(as_json: bool, **flags: Any) -> None:
+def command(prove: bool, as_json: bool, **flags: Any) -> None:
     """Say what fits and where every byte goes, without weights and without a GPU."""
     from effitrain import planning
     from effitrain.cli.plan_table import print_plan
 
-    plan = planning.plan(planning.recipe(**recipe_fields(flags)))
+    recipe = planning.recipe(**recipe_fields(flags))
+    if prove:
+        from effitrain import api
+
+        plan = api.prove(recipe)
+    else:
+        plan = planning.plan(recipe)
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=2))
     else:

@@ -1,6 +1,8 @@
 """How the terminal shows a plan."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console as Terminal
 from rich.table import Table
@@ -33,5 +35,19 @@ def print_plan(plan: Plan, terminal: Terminal | None = None) -> None:
     if small:
         table.add_row("the rest", format_bytes(small), "")
     terminal.print(table)
+    if plan.proof:
+        _print_proof(plan.proof, terminal)
     for reason in plan.reasons:
         terminal.print(f"[dim]{reason}[/]")
+
+
+def _print_proof(proof: Mapping[str, Any], terminal: Terminal) -> None:
+    table = Table(
+        box=None, pad_edge=False, header_style="dim", title="Proof: the step run on shapes", title_justify="left"
+    )
+    for title, side in (("what", "left"), ("predicted", "right"), ("tracked", "right")):
+        table.add_column(title, justify=side)  # type: ignore[arg-type]
+    for part in proof["components"]:
+        table.add_row(part["what"], format_bytes(part["predicted_bytes"]), format_bytes(part["tracked_bytes"]))
+    terminal.print(table)
+    terminal.print(f"The prediction is {proof['error']:+.1%} of what was tracked.")

@@ -11,10 +11,11 @@ from effitrain.core.errors import BudgetError
 
 @click.command("run")
 @recipe_flags()
+@click.option("--prove", is_flag=True, help="Check the plan by running its step on shapes alone, before loading.")
 @click.option("--dry-run", is_flag=True, help="Stop after the plan; nothing is loaded.")
 @click.option("--json", "as_json", is_flag=True, help="Print only report.json, or with --dry-run plan.json.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-def command(dry_run: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
+def command(prove: bool, dry_run: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
     """Plan, load, train, evaluate and report; with no flags at all, on the built-in model and data."""
     from effitrain.planning import recipe
 
@@ -25,7 +26,7 @@ def command(dry_run: bool, as_json: bool, quiet: bool, **flags: Any) -> None:
     plan_keeper, console = KeepsPlan(), Console()
     events = plan_keeper if as_json else api.Events() if quiet else console
     try:
-        report = api.run(asked, events, dry_run)
+        report = api.run(asked, events, dry_run, prove)
     except BudgetError as error:
         if as_json and dry_run:
             click.echo(_json(error.plan))

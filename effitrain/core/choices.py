@@ -122,17 +122,27 @@ def _candidates(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: 
     dtype = recipe.dtype if recipe.dtype != "auto" else budget.half if budget.device == "cuda" else "fp32"
     for recompute, offload in _kept(recipe, weights):
         for batch_size in _batch_sizes(recipe, length, budget.device):
-            yield Settings(
-                max_seq_len=length,
-                batch_size=batch_size,
-                grad_accum=recipe.grad_accum or max(1, round(SAMPLES_PER_STEP / batch_size)),
-                dtype=dtype,
-                recompute=recompute,
-                offload=offload,
-                optimizer=recipe.optimizer or "adamw",
-                lr=recipe.lr or ADAPTER_LR,
-                streamed=spec.num_layers if weights == "streamed" else 0,
-            )
+            accum = recipe.grad_accum or max(1, round(SAMPLES_PER_STEP / batch_size))
+            for by_layer in _orders(recipe, weights, accum):
+                yield Settings(
+                    max_seq_len=length,
+                    batch_size=batch_size,
+                    grad_accum=accum,
+                    dtype=dtype,
+                    recompute=recompute,
+                    offload=offload,
+                    optimizer=recipe.optimizer or "adamw",
+                    lr=recipe.lr or ADAPTER_LR,
+                    streamed=spec.num_layers if weights == "streamed" else 0,
+                    by_layer=by_layer,
+                )
+
+
+def _orders(recipe: Recipe, weights: Weights, accum: int) -> tuple[bool, ...]:
+    """Whether the micro-batches of a step pass a layer together; with one of them there is no difference."""
+    if weights == "resident" or accum == 1:
+        return (False,)
+    return {"auto": (False, True), "micro-batch": (False,), "layer": (True,)}[recipe.stream_order]
 
 
 def _kept(recipe: Recipe, weights: Weights) -> Iterator[tuple[Recompute, bool]]:

@@ -23,7 +23,8 @@ class Settings:
     """The training settings a plan decides on; lengths in tokens, ``batch_size`` in samples a micro-batch.
 
     ``recompute``: what is computed again in the backward pass; ``offload``: layer inputs wait for it on the host.
-    ``streamed``: layers whose frozen weights visit the device; ``on_disk``: how many of them are read from the disk.
+    ``streamed``: layers whose frozen weights visit the device; ``on_disk``: how many of them are read from the disk;
+    ``by_layer``: all micro-batches of a step pass a layer before the next one is fetched.
     """
 
     max_seq_len: int
@@ -36,11 +37,17 @@ class Settings:
     lr: float
     streamed: int = 0
     on_disk: int = 0
+    by_layer: bool = False
 
     @property
     def tokens(self) -> int:
         """Tokens of a full micro-batch."""
         return self.batch_size * self.max_seq_len
+
+    @property
+    def at_once(self) -> int:
+        """Micro-batches that pass a layer before the next layer is needed."""
+        return self.grad_accum if self.by_layer else 1
 
     @property
     def width(self) -> int:

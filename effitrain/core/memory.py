@@ -8,20 +8,19 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from effitrain.core.budget import MemoryBudget
+from effitrain.core.layout import BLOCK, NESTED_BLOCK, NF4, layer_layout
 from effitrain.core.ledger import DISK, GPU, HOST, LedgerLine, Settings, gpu_bytes
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import LayerSpec, LinearSpec, ModelSpec
 
-# NF4 as in bitsandbytes: an 8-bit scale per block of 64 weights, a 4-byte scale per 256 of those.
-BLOCK, NESTED_BLOCK = 64, 256
 # bitsandbytes' 8-bit optimizer keeps tensors below this in 32 bits, and a 4-byte scale per 256 values of a moment.
 MIN_8BIT, STATE_BLOCK = 4096, 256
 # The fp32 logits of one chunk of rows take at most this, and a chunk has at least so many rows.
 LOSS_CHUNK_BYTES, LOSS_MIN_ROWS = 64 * 2**20, 16
 # Resident size of the process with every library loaded: 0.55 GiB measured with the CPU build of torch; data on top.
 PROCESS_BYTES = {"cpu": 2**30, "cuda": 2 * 2**30}
-# Streamed layers are aligned for direct reads, and visit so many slots on the device.
-PAGE, SLOTS = 4096, 3
+SLOTS = 3  # that streamed layers visit on the device
+OVERHEAD = "context and slack"
 
 
 def make_ledger(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> tuple[LedgerLine, ...]:
@@ -34,7 +33,7 @@ def make_ledger(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: Mem
         *_frozen(spec, recipe, settings),
         *_tables(spec, settings, budget.device),
         *_adapters(spec, recipe, settings),
-        _gpu("context and slack", budget.overhead_bytes, "CUDA context, workspaces, allocator slack"),
+        _gpu(OVERHEAD, budget.overhead_bytes, "CUDA context, workspaces, allocator slack"),
     )
     forward = _activations(spec, recipe, settings)
     moments = (
@@ -118,10 +117,9 @@ def _factors(spec: ModelSpec, recipe: Recipe) -> list[tuple[int, int]]:
 
 
 def blob_bytes(layer: LayerSpec, recipe: Recipe, settings: Settings) -> int:
-    """A layer's frozen tensors in one piece, each linear's parts, norms and biases, as they are streamed."""
-    c = settings.width
-    sizes = [nf4_bytes(n.weights) + 4 if recipe.quant == "nf4" else n.weights * c for n in layer.linears]
-    return _ceil(sum(sizes) + (layer.params - layer.weights) * c, PAGE) * PAGE
+    """The matrices of a layer in one piece, as they are stored and streamed."""
+    form = NF4 if recipe.quant == NF4 else settings.dtype
+    return layer_layout(layer, lambda linear: form).nbytes
 
 
 def _frozen(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
@@ -178,16 +176,22 @@ def _adapters(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[Ledg
 def _activations(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
     """The batch, and what the layers' forward passes leave for the backward pass."""
     tokens, c, h = settings.tokens, settings.width, spec.hidden
+    at_once = settings.at_once
+    together = f"{at_once} micro-batches x T {tokens}" if at_once > 1 else f"T {tokens}"
     batch = _gpu(
         "batch",
-        tokens * (3 * 8 + 2 * spec.head_dim * c),
-        f"T {tokens} x (3 x 8 B + rotary 2 x {spec.head_dim} x {c} B)",
+        at_once * tokens * (3 * 8 + 2 * spec.head_dim * c),
+        f"{together} x (3 x 8 B + rotary 2 x {spec.head_dim} x {c} B)",
     )
+    # Where micro-batches pass a layer together, the ends of the last one, their gradients, and those on the way wait.
+    waiting = 3 * at_once * tokens * h * c if at_once > 1 else 0
+    ends = _gpu("micro-batches that wait", waiting, f"3 x {together} x h {h} x {c} B")
     if settings.offload:
-        return batch, _gpu("layer inputs in use", 2 * tokens * h * c, f"2 buffers x T {tokens} x h {h} x {c} B")
+        in_use = _gpu("layer inputs in use", 2 * tokens * h * c, f"2 buffers x T {tokens} x h {h} x {c} B")
+        return batch, ends, in_use
     if settings.recompute == "layer":
-        formula = f"L {spec.num_layers} x T {tokens} x h {h} x {c} B"
-        return batch, _gpu("layer inputs", spec.num_layers * tokens * h * c, formula)
+        formula = f"L {spec.num_layers} x {together} x h {h} x {c} B"
+        return batch, ends, _gpu("layer inputs", at_once * spec.num_layers * tokens * h * c, formula)
     kept = [(saved_bytes(layer, spec, recipe, c), count) for layer, count in spec.shapes]
     in_mlps = settings.recompute == "none"
     per_token = sum(count * (outside + (inside if in_mlps else h * c)) for (outside, inside), count in kept)
@@ -267,8 +271,9 @@ def _host(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) -> t
         LedgerLine("largest tensor, while it loads", HOST, largest * c, f"{largest:,} x {c} B"),
     ]
     if settings.offload:
-        size = spec.num_layers * tokens * spec.hidden * c
-        formula = f"L {spec.num_layers} x T {tokens} x h {spec.hidden} x {c} B"
+        at_once = settings.at_once
+        size = at_once * spec.num_layers * tokens * spec.hidden * c
+        formula = f"{at_once} micro-batches x L {spec.num_layers} x T {tokens} x h {spec.hidden} x {c} B"
         lines.append(LedgerLine("layer inputs, offloaded", HOST, size, formula))
     if settings.streamed:
         blob = max(blob_bytes(layer, recipe, settings) for layer, _ in spec.shapes)

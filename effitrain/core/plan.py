@@ -52,7 +52,7 @@ class Plan:
     ledger: tuple[LedgerLine, ...]
     alternatives: tuple[Alternative, ...]
     reasons: tuple[str, ...]
-    proof: Mapping[str, float] | None
+    proof: Mapping[str, Any] | None
     settings: Settings
     tokens_per_second_estimate: float
 
@@ -103,7 +103,9 @@ def resolve(recipe: Recipe, plan: Plan) -> Recipe:
     settings = dataclasses.asdict(plan.settings)
     streamed = settings.pop("streamed")
     del settings["on_disk"]
+    by_layer = settings.pop("by_layer")
     fields = {
+        "stream_order": ("layer" if by_layer else "micro-batch") if streamed else recipe.stream_order,
         "fit": plan.fit,
         "offload_activations": "on" if settings.pop("offload") else "off",
         "resident_layers": plan.resident_layers if streamed else recipe.resident_layers,
@@ -181,9 +183,11 @@ def _explain_streaming(way: Way, choice: Choice, budget: MemoryBudget) -> Iterat
     settings = choice.settings
     time = step_time(choice.spec, way.recipe, settings, budget.rates)
     tokens = tokens_to_hide(choice.spec, way.recipe, settings, budget.rates)
+    often = "step: all its micro-batches pass a layer together" if settings.by_layer else "micro-batch"
+    yield f"{settings.streamed} of {choice.spec.num_layers} layers visit the device twice a {often}."
     yield (
-        f"{settings.streamed} of {choice.spec.num_layers} layers visit the device twice a micro-batch:"
-        f" {time.hidden_share:.0%} of the copying hides behind computation, all of it from about {tokens:,} tokens."
+        f"{time.hidden_share:.0%} of the copying hides behind computation, all of it from about {tokens:,} tokens a"
+        f" {'step' if settings.by_layer else 'micro-batch'}."
     )
     if settings.on_disk:
         yield f"{settings.on_disk} of them are read from the disk, taken to give {budget.rates.disk / 1e9:g} GB/s."
@@ -197,6 +201,8 @@ def _explain_recomputation(way: Way, choice: Choice, budget: MemoryBudget) -> It
     plain = dataclasses.replace(
         choice.settings, recompute="none", offload=False, optimizer=way.recipe.optimizer or "adamw"
     )
-    kept = next(other for other in way.choices if other.settings == plain)
+    kept = next(
+        (f": keeping every activation needs {format_bytes(o.peak)}" for o in way.choices if o.settings == plain), ""
+    )
     what = {"mlp": "The MLPs are", "layer": "Layers are"}[level]
-    yield f"{what} computed again in the backward pass: keeping every activation needs {format_bytes(kept.peak)}."
+    yield f"{what} computed again in the backward pass{kept}."

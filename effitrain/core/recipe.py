@@ -15,8 +15,6 @@ from effitrain.core.units import parse_bytes
 
 # Flags of the published command line whose feature this version does not have yet, and that feature.
 LATER = {
-    "stream_order": "layer streaming",
-    "prove": "the symbolic proof of the plan",
     "mlp_tiles": "tiled MLPs for long context",
     "lisa_layers": "LISA",
     "lisa_interval": "LISA",
@@ -136,6 +134,9 @@ class Recipe(BaseModel):
     )
     resident_layers: Annotated[int | None, Auto] = _flag(
         None, "Layers that stay on the device while others stream; as many as fit", group="memory", ge=0
+    )
+    stream_order: Literal["auto", "layer", "micro-batch"] = _flag(
+        "auto", "What comes first where layers stream: all micro-batches in a layer, or all layers", group="memory"
     )
     quant: Literal["nf4", "none"] = _flag("nf4", "Storage of the frozen weights", group="memory")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = _flag(
@@ -294,7 +295,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     if recipe.fit not in ("auto", "prune"):
         for field in PRUNE_FIELDS:
             if getattr(recipe, field) != Recipe.model_fields[field].default:
-                yield f"{_flag_name(field)} is for --fit prune, and --fit is {recipe.fit}."
+                yield f"{_flag_name(field)} {getattr(recipe, field)} is for --fit prune, and --fit is {recipe.fit}."
 
 
 def _unknown(key: str) -> str:

@@ -56,9 +56,9 @@ def tokens_per_second(spec: ModelSpec, recipe: Recipe, settings: Settings, rates
 
 
 def tokens_to_hide(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates) -> int:
-    """Tokens of a micro-batch from which the copies vanish behind the forward pass; 0 where nothing is copied."""
+    """Tokens that pass a layer at a time from which the copies vanish behind the forward pass; 0 without copies."""
     time = step_time(spec, recipe, settings, rates)
-    return round(settings.tokens * time.copy / time.forward)
+    return round(settings.at_once * settings.tokens * time.copy / time.forward)
 
 
 def _layer(layer: LayerSpec, spec: ModelSpec, settings: Settings) -> float:
@@ -82,6 +82,5 @@ def _copy(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates) -> 
     inputs = spec.num_layers * settings.tokens * spec.hidden * settings.width if settings.offload else 0
     if not settings.streamed and not inputs:
         return 0.0
-    blob = max(blob_bytes(layer, recipe, settings) for layer, _ in spec.shapes)
-    over_link = settings.streamed * blob + inputs
-    return max(over_link / rates.link, settings.on_disk * blob / rates.disk)
+    blob = max(blob_bytes(layer, recipe, settings) for layer, _ in spec.shapes) / settings.at_once
+    return max((settings.streamed * blob + inputs) / rates.link, settings.on_disk * blob / rates.disk)

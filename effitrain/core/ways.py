@@ -63,7 +63,8 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> list[Way]:
     resident = [Way("resident", "resident", spec, recipe, budget)] if recipe.resident_layers is None else []
     stream = [Way("stream", "streamed", spec, recipe, budget)] if can_stream else []
     prune: list[Way] = []
-    if recipe.fit == "prune" or (recipe.fit == "auto" and spec.num_layers > 2):
+    asked = recipe.fit == "prune" or recipe.prune_ratio is not None
+    if asked or (recipe.fit == "auto" and spec.num_layers > 2):  # of two layers both are exempt
         cut = {
             ratio: cut_spec(spec, ratio, recipe.prune_parts, recipe.prune_exempt, recipe.prune_round)
             for ratio in ratios

@@ -8,7 +8,7 @@ from effitrain.core.errors import InputError
 from effitrain.data.formats import Turn
 from effitrain.data.templates import find_template, stop_ids
 from effitrain.data.tokenized import token_ids
-from effitrain.evals.generate import generate
+from effitrain.evals.generate import generate, generate_all
 from effitrain.model.decoder import Decoder
 
 
@@ -29,15 +29,7 @@ class ChatSession:
         Raises:
             InputError: the conversation fills the model's length.
         """
-        template = find_template(self.template, self.tokenizer)
-        turns = [Turn(message["role"], message["content"]) for message in messages]
-        ids = token_ids(self.tokenizer, template.prompt(turns))
-        stop = stop_ids(template, self.tokenizer)
-        if len(ids) >= self.decoder.spec.max_positions:
-            raise InputError(
-                f"The conversation has {len(ids)} tokens and the model takes {self.decoder.spec.max_positions}.",
-                next_step="Begin a new one.",
-            )
+        ids, stop = self._tokens(messages), self._stop()
         made: list[int] = []
         shown = ""
         for token in generate(self.decoder, ids, max_new_tokens, stop, temperature, self.seed):
@@ -46,3 +38,28 @@ class ChatSession:
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the middle of a character: wait for its rest
                 yield text[len(shown) :]
                 shown = text
+
+    def answers(
+        self, conversations: Sequence[Sequence[dict[str, str]]], max_new_tokens: int = 200, temperature: float = 0.0
+    ) -> list[str]:
+        """The answers to several conversations, made together: where layers stream they are copied once for all.
+
+        Raises:
+            InputError: a conversation fills the model's length.
+        """
+        prompts, stop = [self._tokens(messages) for messages in conversations], self._stop()
+        made = generate_all(self.decoder, prompts, max_new_tokens, stop, temperature, self.seed)
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
+
+    def _stop(self) -> set[int]:
+        return stop_ids(find_template(self.template, self.tokenizer), self.tokenizer)
+
+    def _tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        turns = [Turn(message["role"], message["content"]) for message in messages]
+        ids = token_ids(self.tokenizer, find_template(self.template, self.tokenizer).prompt(turns))
+        if len(ids) >= self.decoder.spec.max_positions:
+            raise InputError(
+                f"The conversation has {len(ids)} tokens and the model takes {self.decoder.spec.max_positions}.",
+                next_step="Begin a new one.",
+            )
+        return ids

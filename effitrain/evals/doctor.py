@@ -46,6 +46,7 @@ def checks() -> list[Check]:
         ("free disk", _disk),
         ("NF4 on cpu", lambda: _nf4("cpu")),
         ("NF4 on cuda", lambda: _nf4("cuda")),
+        ("Triton kernels", _kernels),
         ("safetensors files", _safetensors),
     ]
     results = [_run(name, check) for name, check in named]
@@ -163,6 +164,30 @@ def _nf4(device: str) -> Outcome:
     error = ((dequantize(quantize(weight), torch.float32) - weight).norm() / weight.norm()).item()
     low, high = NF4_ERROR
     return low < error < high, f"relative error {error:.4f}, expected {low} to {high}"
+
+
+def _kernels() -> Outcome:
+    """Each kernel against its reference on the card; one that is wrong is switched off there until it is right."""
+    import torch
+
+    from effitrain.evals import kernels
+    from effitrain.kernels import backend
+
+    if not torch.cuda.is_available():
+        return None, "no card"
+    device = torch.device("cuda")
+    if not kernels.runs_on(device):
+        return None, "not for this card or installation, or switched off: torch and cuBLAS compute instead"
+    backend.switch_off([])  # what was wrong before is tried again
+    wrong = kernels.wrong_kernels(device, (torch.bfloat16, torch.float32))
+    if not wrong:
+        return True, f"{len(kernels.CHECKS)} agree with their references"
+    where = backend.switch_off(list(wrong))
+    found = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
+    return (
+        False,
+        f"wrong on this card: {found}. Switched off in {where}; training takes the slower path, please report it",
+    )
 
 
 def _safetensors() -> Outcome:

@@ -1,11 +1,11 @@
-"""Generate text with a key-value cache: greedy or sampled."""
+"""Generate text with a key-value cache: greedy or sampled, for one prompt or for many at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from effitrain.model.decoder import Decoder
+from effitrain.model.decoder import Decoder, Rows
 
 
 @torch.no_grad()
@@ -27,22 +27,66 @@ def generate(
         temperature: 0 picks the likeliest token, above that samples.
         seed: of the sampling.
     """
-    from transformers import DynamicCache
-
     decoder.eval()
-    cache = DynamicCache(config=decoder.config)
-    source = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([prompt])
-    start = 0
-    for _ in range(min(max_new_tokens, decoder.spec.max_positions - len(prompt))):
-        positions = torch.arange(start, start + ids.shape[1])[None]
-        hidden = decoder(ids, positions, cache=cache)
-        token = _pick(decoder.logits(hidden[0, -1:])[0].float().cpu(), temperature, source)
-        if token in stop:
+    text = _Text(decoder, prompt, max_new_tokens, stop, temperature, seed)
+    while text.room:
+        made = len(text.made)
+        text.take(decoder.through([text.rows()])[0])
+        yield from text.made[made:]
+
+
+@torch.no_grad()
+def generate_all(
+    decoder: Decoder,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    stop: set[int],
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """The new token ids for each prompt, the same as ``generate`` gives one by one.
+
+    All texts pass a layer before the next layer is needed: a streamed layer is copied once for all of them.
+    """
+    decoder.eval()
+    texts = [_Text(decoder, prompt, max_new_tokens, stop, temperature, seed) for prompt in prompts]
+    while growing := [text for text in texts if text.room]:
+        for text, x in zip(growing, decoder.through([text.rows() for text in growing]), strict=True):
+            text.take(x)
+    return [text.made for text in texts]
+
+
+class _Text:
+    """A prompt and what was made of it; ``room`` is how many tokens it may still get."""
+
+    def __init__(
+        self, decoder: Decoder, prompt: list[int], max_new_tokens: int, stop: set[int], temperature: float, seed: int
+    ):
+        from transformers import DynamicCache
+
+        self.decoder, self.stop, self.temperature = decoder, stop, temperature
+        self.cache = DynamicCache(config=decoder.config)
+        self.source = torch.Generator().manual_seed(seed)
+        self.next, self.seen = prompt, 0
+        self.made: list[int] = []
+        self.room = min(max_new_tokens, decoder.spec.max_positions - len(prompt))
+
+    def rows(self) -> Rows:
+        """The tokens that the model has not seen."""
+        positions = torch.arange(self.seen, self.seen + len(self.next))[None]
+        return Rows(torch.tensor([self.next]), positions, cache=self.cache)
+
+    def take(self, x: Tensor) -> None:
+        """Go on from the last layer's output [1, T, H]."""
+        logits = self.decoder.logits(self.decoder.finish(x)[0, -1:])[0].float().cpu()
+        token = _pick(logits, self.temperature, self.source)
+        if token in self.stop:
+            self.room = 0
             return
-        yield token
-        start += ids.shape[1]
-        ids = torch.tensor([[token]])
+        self.made.append(token)
+        self.seen += len(self.next)
+        self.next = [token]
+        self.room -= 1
 
 
 def _pick(logits: Tensor, temperature: float, source: torch.Generator) -> int:

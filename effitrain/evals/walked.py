@@ -14,8 +14,9 @@ from effitrain.data.batches import Batches
 from effitrain.evals.perplexity import Evaluation
 from effitrain.kernels.linear_cross_entropy import linear_cross_entropy
 from effitrain.model.decoder import build
-from effitrain.model.load import DTYPES, Base
+from effitrain.model.load import Base
 from effitrain.model.walk import Walk
+from effitrain.quant.read import DTYPES
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         InputError: the place cannot be written.
     """
-    with _replacing(path) as tmp:
+    with replacing(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
 
 
@@ -42,7 +42,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         InputError: the place cannot be written.
     """
-    with _replacing(path) as tmp:
+    with replacing(path) as tmp:
         tmp.write_bytes(data)
 
 
@@ -64,7 +64,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Map
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with _replacing(path) as tmp:
+    with replacing(path) as tmp:
         try:
             save_file(dict(tensors), tmp, dict(metadata))
         except SafetensorError as error:
@@ -92,6 +92,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under, in a hidden folder; the file becomes ``path`` when the block ends.
+
+    Raises:
+        InputError: the place cannot be written, or the disk is full.
+    """
+    folder = _neighbour(path)
+    tmp = folder / path.name
+    try:
+        yield tmp
+        _sync(tmp)
+        os.replace(tmp, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error.strerror) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder at once: a kill while its files go leaves none of it under its name."""
     doomed = path.with_name(f".{path.name}.removed-{secrets.token_hex(4)}")
@@ -111,22 +131,6 @@ def remove_stale(parent: Path, name: str | None = None) -> None:
             entry.rename(target)
         elif replaced or _LEFT_OVER.fullmatch(entry.name):
             shutil.rmtree(entry)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write a file under, in a hidden folder; the file becomes ``path`` when the block ends."""
-    folder = _neighbour(path)
-    tmp = folder / path.name
-    try:
-        yield tmp
-        _sync(tmp)
-        os.replace(tmp, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise _unwritable(path, error.strerror) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _neighbour(path: Path) -> Path:

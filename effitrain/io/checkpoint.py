@@ -60,7 +60,7 @@ class Checkpoint:
         """Dtype of the weight, for NF4 that of the weight it was made from."""
         if self.is_nf4(name):
             return getattr(torch, self._nf4_state(name)["dtype"])
-        return self._torch_dtype(name)
+        return _torch_dtype(name, self._stored(name))
 
     def is_nf4(self, name: str) -> bool:
         """Whether the weight is stored in NF4."""
@@ -84,6 +84,9 @@ class Checkpoint:
         """
         parts = [name, *(f"{name}.{part}" for part in COMPANIONS if f"{name}.{part}" in self.tensors)]
         return NF4Tensor.from_state(name, {part: self._load(part) for part in parts}).to(device)
+
+    def done_with(self, names: list[str]) -> None:
+        """The files stay: they are the user's."""
 
     def fingerprint(self) -> str:
         """A hash of names, dtypes, shapes and a few kilobytes from the middle of every tensor."""
@@ -116,19 +119,8 @@ class Checkpoint:
             )
         return stored
 
-    def _torch_dtype(self, name: str) -> torch.dtype:
-        stored = self._stored(name)
-        if stored.dtype not in _DTYPES:
-            raise unhandled_quantisation(f"{name} is stored in {stored.dtype}, which is not handled")
-        return _DTYPES[stored.dtype]
-
     def _load(self, name: str) -> Tensor:
-        stored, dtype = self._stored(name), self._torch_dtype(name)
-        if math.prod(stored.shape) * dtype.itemsize != stored.nbytes:
-            raise InputError(
-                f"{stored.file} is damaged: {name} takes {stored.nbytes} bytes, not {stored.shape} values."
-            )
-        return _read_bytes(stored.file, stored.start, stored.nbytes).view(dtype).reshape(stored.shape)
+        return read_tensor(name, self._stored(name))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -138,8 +130,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         InputError: anything wrong that can be seen without reading the weights.
     """
     config = read_config(folder)
-    _check_quantisation(folder, config.get("quantization_config"))
-    tensors = {canonical: stored for name, stored in stored_tensors(folder).items() if (canonical := _canonical(name))}
+    check_quantisation(str(folder), config.get("quantization_config"))
+    tensors = {
+        canonical: stored for name, stored in stored_tensors(folder).items() if (canonical := canonical_name(name))
+    }
     if not tensors:
         raise InputError(f"The weights in {folder} hold no tensor; {on_disk(folder)}", next_step="Get them again.")
     tied = spec_from_config(config, str(folder)).tied
@@ -154,24 +148,47 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, tensors, tied)
 
 
-def _canonical(name: str) -> str | None:
+def read_tensor(name: str, stored: StoredTensor) -> Tensor:
+    """The tensor that lies at ``stored``, in host memory of its own.
+
+    Raises:
+        InputError: its dtype is not handled, or the file is damaged.
+    """
+    dtype = _torch_dtype(name, stored)
+    if math.prod(stored.shape) * dtype.itemsize != stored.nbytes:
+        raise InputError(f"{stored.file} is damaged: {name} takes {stored.nbytes} bytes, not {stored.shape} values.")
+    return _read_bytes(stored.file, stored.start, stored.nbytes).view(dtype).reshape(stored.shape)
+
+
+def _torch_dtype(name: str, stored: StoredTensor) -> torch.dtype:
+    if stored.dtype not in _DTYPES:
+        raise unhandled_quantisation(f"{name} is stored in {stored.dtype}, which is not handled")
+    return _DTYPES[stored.dtype]
+
+
+def canonical_name(name: str) -> str | None:
     """The name in a causal language model; None for tables that are computed, which old checkpoints hold too."""
     if name.endswith(".rotary_emb.inv_freq"):
         return None
     return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
 
 
-def _check_quantisation(folder: Path, quantisation: Mapping[str, Any] | None) -> None:
+def check_quantisation(name: str, quantisation: Mapping[str, Any] | None) -> None:
+    """Refuse the model ``name`` when its config says that it is quantised in another way than this module reads.
+
+    Raises:
+        InputError: it is.
+    """
     if not quantisation:
         return
     method = quantisation.get("quant_method", "bitsandbytes" if "load_in_4bit" in quantisation else "a method unknown")
     if method != "bitsandbytes":
-        raise unhandled_quantisation(f"{folder} is quantised by {method}")
+        raise unhandled_quantisation(f"{name} is quantised by {method}")
     kind = quantisation.get("bnb_4bit_quant_type", "fp4") if quantisation.get("load_in_4bit") else "int8"
     if kind != "nf4":
-        raise unhandled_quantisation(f"{folder} is quantised to {kind} by bitsandbytes")
+        raise unhandled_quantisation(f"{name} is quantised to {kind} by bitsandbytes")
     if not quantisation.get("bnb_4bit_use_double_quant"):
-        raise unhandled_quantisation(f"{folder} is in NF4 without double quantisation (bnb_4bit_use_double_quant)")
+        raise unhandled_quantisation(f"{name} is in NF4 without double quantisation (bnb_4bit_use_double_quant)")
 
 
 def _differ(a: StoredTensor, b: StoredTensor) -> bool:

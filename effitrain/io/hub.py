@@ -89,6 +89,54 @@ def fetch_weights(source: ModelSource) -> Path:
     return folder
 
 
+def is_local(source: ModelSource) -> bool:
+    """Whether all files of ``source`` are on this machine, in a folder or in the hub's cache."""
+    return source.folder is not None or _cached(source.hub_id) is not None
+
+
+def fetch_small(source: ModelSource) -> Path:
+    """The folder with config and tokenizer of ``source``, without its weights.
+
+    Raises:
+        InputError: they cannot be had.
+    """
+    return source.folder or _from_hub(source.hub_id, _SMALL, _for_weights(source))
+
+
+def revision_of(source: ModelSource) -> str:
+    """The commit that the hub has of ``source`` now.
+
+    Raises:
+        InputError: the hub cannot be asked.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        found = get_hf_file_metadata(hf_hub_url(source.hub_id, "config.json"), timeout=_TIMEOUT).commit_hash
+    except Exception as error:
+        raise _explain(source.hub_id, error, _for_weights(source)) from error
+    return str(found)
+
+
+def fetch_file(source: ModelSource, name: str, revision: str, folder: Path) -> Path | None:
+    """Download one file of ``source`` to ``folder``; None when the hub has none of this name.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source.hub_id, name, revision=revision, local_dir=folder))
+    except LocalEntryNotFoundError as error:  # the hub was not reached; it is an EntryNotFoundError too
+        raise _explain(source.hub_id, error, _for_weights(source)) from error
+    except EntryNotFoundError:
+        return None
+    except Exception as error:
+        raise _explain(source.hub_id, error, _for_weights(source)) from error
+
+
 def _cached(hub_id: str) -> Path | None:
     """The model's folder in the hub cache, when all of it is there."""
     from huggingface_hub import snapshot_download

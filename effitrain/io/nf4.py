@@ -8,15 +8,14 @@ Dettmers et al. 2023, QLoRA, section 3.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effitrain.core.errors import InputError
+from effitrain.kernels.nf4_dequantize import BLOCK, NESTED_BLOCK, dynamic_code, nf4_code
 
-BLOCK, NESTED_BLOCK = 64, 256
 STATE = "quant_state.bitsandbytes__nf4"
 COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 
@@ -127,24 +126,3 @@ def unhandled_quantisation(fact: str, cause: str = "") -> InputError:
         "Quantised weights must be bitsandbytes NF4 with double quantisation and blocks of 64."
         " Name the original 16-bit model: it is quantised on loading.",
     )
-
-
-@cache
-def nf4_code() -> Tensor:
-    """The 16 values of NF4, float32 [16], ascending (QLoRA, appendix E)."""
-    return torch.tensor(
-        [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-         -0.18477343022833334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
-    )  # fmt: skip
-
-
-@cache
-def dynamic_code() -> Tensor:
-    """The 256 values of the signed 8-bit dynamic type, float32 [256], ascending (Dettmers 2015, arXiv:1511.04561)."""
-    values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
-        means = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
-        values += means.tolist() + (-means).tolist()
-    return torch.tensor(sorted(values))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effitrain.kernels.shifted_attention import shifted_attention
+
 NAME = "effitrain"
 
 
@@ -35,6 +37,7 @@ def attention(
     segments: Sequence[int] | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    shifted_group: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each segment.
@@ -46,10 +49,19 @@ def attention(
         segments: lengths of the samples along T, when B is 1; None for whole rows.
         scaling: factor on the scores.
         sliding_window: how many last tokens a query sees, when the model limits it.
+        shifted_group: tokens of a segment in shifted sparse attention; None for whole samples.
 
     Returns:
         The output [B, T, Hq, D] and None.
     """
+    if shifted_group is not None:
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, within: Sequence[int]) -> Tensor:
+            kwargs = {"segments": within, "scaling": scaling, "sliding_window": sliding_window}
+            return attention(module, query, key, value, None, **kwargs)[0]  # type: ignore[arg-type]
+
+        lengths = [query.shape[2]] if segments is None else segments
+        return shifted_attention(query, key, value, lengths, shifted_group, attend), None
     if segments is None or len(segments) == 1:
         out = _causal(query, key, value, scaling, sliding_window)
     elif len(set(segments)) == 1:

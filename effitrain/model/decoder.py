@@ -3,7 +3,10 @@
 Shapes: N tokens of a micro-batch, end to end; B, T rows and tokens with a cache; H hidden size; V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +15,31 @@ from torch.nn import functional as F
 
 from effitrain.core.errors import InputError
 from effitrain.core.spec import PRUNABLE, LinearSpec, ModelSpec
-from effitrain.kernels.swiglu import swiglu
+from effitrain.kernels.lora_mlp import lora_mlp
+from effitrain.kernels.swiglu import Activation, swiglu
 from effitrain.model import attention
+from effitrain.model.blocks import SelfAttention, operands, replace_norms
 from effitrain.model.recompute import recompute
 from effitrain.quant.linear import FrozenLinear
 from effitrain.stream.offload import Offload
+from effitrain.stream.streamer import Streamer
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What goes through the decoder at once.
+
+    Attributes:
+        input_ids: [N] with ``segments``, or [B, T].
+        position_ids: of the same shape; they restart at each segment.
+        segments: lengths of the samples in a flat row.
+        cache: transformers' cache of earlier keys and values, for generation.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Sequence[int] | None = None
+    cache: Any = None
 
 
 class Embedding(nn.Module):
@@ -37,6 +60,9 @@ class Embedding(nn.Module):
         return rows.to(self.device, non_blocking=True)
 
 
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}  # that have kernels
+
+
 class GatedMLP(nn.Module):
     """``down(act(gate(x)) * up(x))``; with SiLU it keeps one wide tensor less for backward than stock code.
 
@@ -47,6 +73,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = stock.gate_proj, stock.up_proj, stock.down_proj
         self.act_fn = None if act == "silu" else stock.act_fn
+        self.activation = _ACTIVATIONS.get(act)
         self.recomputed = False
 
     @property
@@ -61,6 +88,9 @@ class GatedMLP(nn.Module):
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
+        linears = operands("lora_mlp", x, self.gate_proj, self.up_proj, self.down_proj)
+        if linears is not None and self.activation is not None:
+            return lora_mlp(x, linears[0], linears[1], linears[2], self.activation)
         gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
         return self.down_proj(self.act_fn(gate) * up if self.act_fn else swiglu(gate, up))  # type: ignore[operator]
 
@@ -70,6 +100,7 @@ class Decoder(nn.Module):
 
     ``model`` is transformers' decoder (``model.layers``, ``model.norm``, ``model.rotary_emb``); ``lm_head`` is ours.
     ``recompute_layers``: keep only the input of each layer for backward, in ``offload`` if there is one.
+    ``streamer``: has the weights of the layers that only visit the device; those are always computed again.
     """
 
     def __init__(self, model: nn.Module, spec: ModelSpec, config: Any):
@@ -78,6 +109,7 @@ class Decoder(nn.Module):
         self.lm_head: nn.Module = FrozenLinear(spec.head)
         self.recompute_layers = False
         self.offload: Offload | None = None
+        self.streamer: Streamer | None = None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -94,56 +126,82 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, segments: Sequence[int] | None = None, cache: Any = None
     ) -> Tensor:
-        """Final hidden states, after the last norm.
+        """Final hidden states, after the last norm, of the fields of ``Rows``: [N, H], or [B, T, H]."""
+        return self.finish(self.through([Rows(input_ids, position_ids, segments, cache)])[0])
 
-        Args:
-            input_ids: [N] with ``segments``, or [B, T].
-            position_ids: of the same shape; they restart at each segment.
-            segments: lengths of the samples in a flat row.
-            cache: transformers' cache of earlier keys and values, for generation.
+    def through(self, batches: Sequence[Rows], turn: Callable[[int], None] = lambda number: None) -> list[Tensor]:
+        """What the last layer makes of each of ``batches``, [N, H] or [B, T, H]. All of them pass a layer before the
+        next layer is needed, so that a streamed layer is copied once for all.
 
-        Returns:
-            [N, H], or [B, T, H].
+        A layer takes the batches from the last to the first: its backward pass comes in the reverse order, and so adds
+        to gradients in the order of a pass for each batch. ``turn`` is told the number of a batch before each layer
+        computes with it, in both passes.
         """
-        x, context = self.embed(input_ids, position_ids, segments, cache)
-        for layer in self.layers:
-            x = self.run(layer, x, context)
-        x = self.model.norm(x)  # type: ignore[operator]
-        return x[0] if input_ids.dim() == 1 else x
-
-    def embed(
-        self, input_ids: Tensor, position_ids: Tensor, segments: Sequence[int] | None = None, cache: Any = None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """What the first layer gets, for arguments as in ``forward``: embedded tokens [B, T, H] (B is 1 for a flat
-        row), and the context that every layer shares.
-        """
-        if input_ids.dim() == 1:
-            input_ids, position_ids = input_ids[None], position_ids[None]
-        x = self.model.embed_tokens(input_ids)  # type: ignore[operator]
+        xs, kwargs = [], []
+        for rows in batches:
+            flat = rows.input_ids.dim() == 1
+            ids, positions = (t[None] if flat else t for t in (rows.input_ids, rows.position_ids))
+            xs.append(self.model.embed_tokens(ids))  # type: ignore[operator]
+            rope = self.model.rotary_emb(xs[-1], positions.to(xs[-1].device))  # type: ignore[operator]
+            kwargs.append({"position_embeddings": rope, "past_key_values": rows.cache, "segments": rows.segments})
         if self.offload:
             self.offload.reset()
-        rope = self.model.rotary_emb(x, position_ids.to(x.device))  # type: ignore[operator]
-        return x, {"position_embeddings": rope, "past_key_values": cache, "segments": segments}
+        if self.streamer:
+            self.streamer.begin_pass(len(batches), self._back_to(xs))
+        for index in range(len(self.layers)):
+            for number in reversed(range(len(batches))):
+                xs[number] = self._run(index, xs[number], kwargs[number], partial(turn, number))
+        return [x[0] if rows.input_ids.dim() == 1 else x for x, rows in zip(xs, batches, strict=True)]
+
+    def attach_streamer(self, streamer: Streamer) -> None:
+        """Have ``streamer`` bring its layers; its slots count as buffers of the model."""
+        self.streamer = streamer
+        for number, slot in enumerate(streamer.slots):
+            self.register_buffer(f"slot_{number}", slot, persistent=False)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The last norm."""
+        return self.model.norm(x)  # type: ignore[operator]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output projection: [..., H] to [..., V]."""
         return self.lm_head(hidden)
 
-    def run(self, layer: nn.Module, x: Tensor, context: dict[str, Any]) -> Tensor:
-        """One layer, on what it or the one before got from ``embed``: [B, T, H] to [B, T, H]."""
-        if not (self.recompute_layers and torch.is_grad_enabled()):
-            return layer(x, attention_mask=None, **context)
-        parameters = [p for p in layer.parameters() if p.requires_grad]
-        last: FrozenLinear = layer.mlp.last  # type: ignore[union-attr, assignment]
-        return recompute(lambda h: layer(h, attention_mask=None, **context), x, parameters, last, self.offload)
+    def _run(self, index: int, x: Tensor, kwargs: dict[str, Any], before: Callable[[], None]) -> Tensor:
+        layer, streamer = self.layers[index], self.streamer
+        streamed = streamer is not None and index in streamer
+
+        def compute(h: Tensor) -> Tensor:
+            before()
+            return layer(h, attention_mask=None, **kwargs)
+
+        def hold() -> AbstractContextManager[None]:
+            return streamer.hold(index) if streamer is not None and streamed else nullcontext()
+
+        if torch.is_grad_enabled() and (streamed or self.recompute_layers):
+            parameters = [p for p in layer.parameters() if p.requires_grad]
+            last: FrozenLinear = layer.mlp.last  # type: ignore[union-attr, assignment]
+            return recompute(compute, x, parameters, last, self.offload, hold)
+        with hold():
+            return compute(x)
+
+    def _back_to(self, xs: Sequence[Tensor]) -> int | None:
+        """The first layer that a backward pass would come to."""
+        if not torch.is_grad_enabled():
+            return None
+        if any(x.requires_grad for x in xs):
+            return 0
+        trained = (i for i, layer in enumerate(self.layers) if any(p.requires_grad for p in layer.parameters()))
+        return next(trained, None)
 
     def set_recompute(self, what: str) -> None:
         """Keep for the backward pass all activations (``none``), those outside the MLPs (``mlp``), or the layers'
         inputs alone (``layer``), and compute the rest again.
         """
         self.recompute_layers = what == "layer"
-        for layer in self.layers:
-            layer.mlp.recomputed = what == "mlp"  # type: ignore[union-attr]
+        for index, layer in enumerate(self.layers):
+            streamed = self.streamer is not None and index in self.streamer
+            layer.mlp.recomputed = what == "mlp" and not streamed  # type: ignore[union-attr]
 
 
 def build(spec: ModelSpec, config: Mapping[str, Any], name: str) -> Decoder:
@@ -170,13 +228,15 @@ def build(spec: ModelSpec, config: Mapping[str, Any], name: str) -> Decoder:
         for linear in layer_spec.linears:
             _replace(layer, linear)
         layer.mlp = GatedMLP(layer.mlp, hf_config.hidden_act)  # type: ignore[arg-type]
+        layer.self_attn = SelfAttention(layer.self_attn)
+    replace_norms(model)
     decoder.requires_grad_(False)
     return decoder.train()
 
 
 def _replace(layer: nn.Module, linear: LinearSpec) -> None:
     stock = layer.get_submodule(linear.name)
-    # A pruned layer is narrower than what transformers builds; its attention counts heads by the linears' sizes.
+    # A pruned layer is narrower than what transformers builds; attention counts heads by the linears' sizes.
     assert isinstance(stock, nn.Linear) and all(
         side == whole or (axis in PRUNABLE and side < whole)
         for side, whole, axis in (

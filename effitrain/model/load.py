@@ -1,8 +1,9 @@
 """Fill an empty model from a checkpoint, one tensor at a time, quantising on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,37 +12,19 @@ from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec, spec_from_config
 from effitrain.io.checkpoint import open_checkpoint
-from effitrain.io.hub import ModelSource, check_weights, fetch_weights, find_model
-from effitrain.io.nf4 import NF4Tensor
+from effitrain.io.hub import ModelSource, check_weights, fetch_small, fetch_weights, find_model, is_local
+from effitrain.io.shards import hub_fingerprint, open_on_hub
+from effitrain.io.store import Store, StoreKey, default_store_dir, find_store
 from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
 from effitrain.io.tokenizer import load_tokenizer
-from effitrain.model.decoder import Decoder, Embedding, build
+from effitrain.model.decoder import Decoder, build
 from effitrain.quant.linear import FrozenLinear
-from effitrain.quant.nf4 import quantize
-
-
-class Weights(Protocol):
-    """A source of named tensors: a checkpoint on disk or synthetic weights. What is ``trusted`` holds no NaN."""
-
-    trusted: ClassVar[bool]
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a tensor."""
-
-    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor on ``device``, in its stored dtype."""
-
-    def is_nf4(self, name: str) -> bool:
-        """Whether the weight is stored in NF4."""
-
-    def read_nf4(self, name: str, device: torch.device | str = "cpu") -> NF4Tensor:
-        """One weight stored in NF4 on ``device``, as it is."""
-
-    def fingerprint(self) -> str:
-        """Changes when the weights do."""
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from effitrain.quant.read import DTYPES, Weights, read_dense, read_frozen
+from effitrain.stream.build import ensure_store
+from effitrain.stream.fresh import FreshLayers
+from effitrain.stream.host import HostLayers, LayerSource
+from effitrain.stream.placement import Placement
+from effitrain.stream.streamer import Streamer
 
 
 @dataclass(frozen=True)
@@ -52,11 +35,13 @@ class Base:
         source: where it was found.
         spec: its shape.
         synthetic_seed: of random weights in place of its own; None for its own.
+        remote: where the weights are when only the hub has them.
     """
 
     source: ModelSource
     spec: ModelSpec
     synthetic_seed: int | None
+    remote: ModelSource | None = None
 
     @property
     def name(self) -> str:
@@ -69,12 +54,29 @@ class Base:
             return self
         return replace(self, source=replace(self.source, folder=fetch_weights(self.source)))
 
+    def to_stream(self) -> "Base":
+        """The same with its config and tokenizer on disk; weights that are on the hub alone stay there until their
+        store is built, one file at a time.
+        """
+        if self.synthetic_seed is not None or is_local(self.source):
+            return self.fetched()
+        return replace(self, source=replace(self.source, folder=fetch_small(self.source)), remote=self.source)
+
     def weights(self, quant: str = "none", dtype: torch.dtype = torch.float32) -> Weights:
         """Its tensors; ``quant`` and ``dtype`` say in which form synthetic ones are made."""
         if self.synthetic_seed is not None:
             return SyntheticCheckpoint(shapes_of(self.spec), self.synthetic_seed, quant == "nf4", dtype)
+        return open_checkpoint(self.folder)
+
+    def fingerprint(self) -> str:
+        """Changes when the weights do."""
+        return hub_fingerprint(self.remote) if self.remote else self.weights().fingerprint()
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
         assert self.source.folder is not None
-        return open_checkpoint(self.source.folder)
+        return self.source.folder
 
     def tokenizer(self) -> Any:
         """Its tokenizer; the built-in one for synthetic weights of a model that is not here."""
@@ -100,13 +102,101 @@ def find_base(name: str, synthetic: str | None = None) -> Base:
 
 
 def load_model(
-    base: Base, recipe: Recipe, device: torch.device, progress: Callable[[str], None] = lambda name: None
+    base: Base,
+    recipe: Recipe,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda name: None,
+    placement: Placement | None = None,
+    stored: Callable[[int, int], None] = lambda done, parts: None,
 ) -> Decoder:
-    """Build and fill the model as ``recipe`` (resolved) says; on a card an untied embedding stays in host memory."""
+    """Build and fill the model as ``recipe`` (resolved) says; on a card an untied embedding stays in host memory.
+
+    Args:
+        base: with its files on disk.
+        recipe: with every choice made.
+        device: where to.
+        progress: told each layer that is in place.
+        placement: which layers only visit the device; None puts all of them there for good.
+        stored: told how many parts of the store are done, of how many, while it is built.
+
+    Raises:
+        InputError: the weights are damaged or of another shape, or their store cannot be built.
+    """
     dtype = DTYPES[recipe.dtype]
     decoder = build(base.spec, base.source.config, base.name)
     host_embedding = device.type == "cuda" and not base.spec.tied
-    return fill(decoder, base.weights(recipe.quant, dtype), recipe.quant, dtype, device, host_embedding, progress)
+    if placement is None:
+        return fill(decoder, base.weights(recipe.quant, dtype), recipe.quant, dtype, device, host_embedding, progress)
+    weights, source = _streamable(base, recipe, placement, stored)
+    fill(decoder, weights, recipe.quant, dtype, device, host_embedding, progress, placement.streamed)
+    return stream(decoder, source, placement, device, progress)
+
+
+def _streamable(
+    base: Base, recipe: Recipe, placement: Placement, stored: Callable[[int, int], None]
+) -> tuple[Weights, LayerSource]:
+    """The weights of ``base``, and the same as a source of whole layers: its store, or synthetic ones made on the way.
+
+    Raises:
+        InputError: synthetic weights do not fit host memory.
+    """
+    if base.synthetic_seed is None:
+        store = _store(base, recipe, stored)
+        return store, store
+    if placement.on_disk:
+        raise InputError(
+            f"{len(placement.on_disk)} layers do not fit host memory, and synthetic weights have no place on disk.",
+            next_step="Raise --host-mem, or plan alone with `effitrain plan`.",
+        )
+    weights = base.weights(recipe.quant, DTYPES[recipe.dtype])
+    return weights, FreshLayers(base.spec, weights, recipe.quant, recipe.dtype)
+
+
+def _store(base: Base, recipe: Recipe, stored: Callable[[int, int], None]) -> Store:
+    """The store of ``base``, built when it is not there."""
+    root = default_store_dir()
+    key = StoreKey(base.name, base.fingerprint(), recipe.quant, recipe.dtype)
+    if base.remote is None:
+        return ensure_store(root, key, base.spec, open_checkpoint(base.folder), stored)
+    found = find_store(root, key)
+    if found is None:
+        on_hub = open_on_hub(base.remote, root / ".shards")
+        found = ensure_store(root, key, base.spec, on_hub, stored)
+        on_hub.close()
+    return found
+
+
+def stream(
+    decoder: Decoder,
+    source: LayerSource,
+    placement: Placement,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda name: None,
+    bytes_per_second: float | None = None,
+    shapes_only: bool = False,
+) -> Decoder:
+    """Let the layers that ``fill`` left out visit the device, from ``source``.
+
+    Args:
+        decoder: filled, without adapters or with them; returned.
+        source: of whole layers.
+        placement: which layers, and where they wait.
+        device: where they compute.
+        progress: told each layer's name when it waits in host memory.
+        bytes_per_second: on a CPU, the speed of the link to imitate.
+        shapes_only: copy nothing, for steps that are run on fake tensors.
+    """
+    held = () if shapes_only else placement.in_host_memory
+    host = HostLayers(source, held, device, lambda layer: progress(f"model.layers.{layer}"))
+    linears = {layer: frozen_linears(decoder.layers[layer]) for layer in placement.streamed}
+    if linears:
+        decoder.attach_streamer(Streamer(linears, host, placement.slots, device, bytes_per_second, shapes_only))
+    return decoder
+
+
+def frozen_linears(module: nn.Module) -> list[FrozenLinear]:
+    """The frozen linears in ``module``."""
+    return [linear for linear in module.modules() if isinstance(linear, FrozenLinear)]
 
 
 def fill(
@@ -117,6 +207,7 @@ def fill(
     device: torch.device,
     host_embedding: bool = False,
     progress: Callable[[str], None] = lambda name: None,
+    streamed: Collection[int] = (),
 ) -> Decoder:
     """Give every module its weights: linears in NF4 or ``dtype``, all else in ``dtype``, on ``device``.
 
@@ -128,101 +219,65 @@ def fill(
         device: where the layers live.
         host_embedding: leave the token embedding in host memory and gather rows there.
         progress: told each layer's name when it is in place.
+        streamed: layers whose linears get biases and no weights.
 
     Raises:
         InputError: a tensor is missing, has another shape, or holds NaN or infinity.
     """
 
-    filling = Filling(weights, quant, dtype, device)
-    filling.embedding(decoder, host_embedding)
-    filling.head(decoder)
+    def dense(name: str, shape: tuple[int, ...], where: torch.device = device) -> Tensor:
+        return read_dense(weights, name, shape, dtype, where)
+
+    spec, model = decoder.spec, decoder.model
+    table = (spec.vocab, spec.hidden)
+    embedding: Any = model.embed_tokens
+    embedding.device = device
+    embedding.weight = dense("model.embed_tokens.weight", table, torch.device("cpu") if host_embedding else device)
+    head = decoder.lm_head
+    assert isinstance(head, FrozenLinear)
+    head.weight = embedding.weight.to(device) if spec.tied else dense("lm_head.weight", table)
     for index in range(len(decoder.layers)):
-        filling.layer(decoder, index)
-        progress(f"model.layers.{index}")
-    filling.rest(decoder)
+        fill_layer(decoder, index, weights, quant, dtype, device, index in streamed)
+        if index not in streamed:
+            progress(f"model.layers.{index}")
+    fill_norm(decoder, weights, dtype, device)
     return decoder
 
 
-@dataclass(frozen=True)
-class Filling:
-    """Gives modules their weights, part by part, under the arguments and errors of ``fill``."""
+def fill_layer(
+    decoder: Decoder,
+    index: int,
+    weights: Weights,
+    quant: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    streamed: bool = False,
+) -> None:
+    """Give one layer, adapted or not, its weights; arguments and errors as for ``fill``."""
 
-    weights: Weights
-    quant: str
-    dtype: torch.dtype
-    device: torch.device
+    def dense(name: str, shape: tuple[int, ...]) -> Tensor:
+        return read_dense(weights, name, shape, dtype, device)
 
-    def embedding(self, decoder: Decoder, on_host: bool) -> None:
-        """The token embedding."""
-        table = decoder.model.embed_tokens
-        assert isinstance(table, Embedding)
-        where = torch.device("cpu") if on_host else self.device
-        table.device = self.device
-        table.weight = self.dense("model.embed_tokens.weight", (decoder.spec.vocab, decoder.spec.hidden), where)
-
-    def head(self, decoder: Decoder) -> None:
-        """The head; where it is tied, the embedding that is in place or a copy of it."""
-        spec, embedding = decoder.spec, decoder.model.embed_tokens
-        assert isinstance(embedding, Embedding)
-        name = "model.embed_tokens.weight" if spec.tied else "lm_head.weight"
-        if spec.tied and embedding.weight is not None:
-            table = embedding.weight.to(self.device)
-        else:
-            table = self.dense(name, (spec.vocab, spec.hidden))
-        frozen(decoder.lm_head).weight = table
-
-    def layer(self, decoder: Decoder, index: int) -> None:
-        """One decoder layer, adapted or not."""
-        prefix, layer = f"model.layers.{index}.", decoder.layers[index]
-        for linear in decoder.spec.layers[index].linears:
-            _fill_linear(frozen(layer.get_submodule(linear.name)), prefix + linear.name, self)
-        self._parameters(layer, prefix)
-
-    def rest(self, decoder: Decoder) -> None:
-        """The final norm, and the rotary tables, which are computed and not stored."""
-        self._parameters(decoder.model.norm, "model.norm.")  # type: ignore[arg-type]
-        rotary: Any = decoder.model.rotary_emb
-        decoder.model.rotary_emb = type(rotary)(config=decoder.config).to(self.device)
-
-    def dense(self, name: str, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
-        """One tensor in the compute dtype, checked."""
-        tensor = self.weights.read(name, self.device if device is None else device)
-        if tuple(tensor.shape) != shape:
-            raise InputError(
-                f"{name} has the shape {tuple(tensor.shape)}, and config.json asks for {shape}.",
-                "The checkpoint and its config.json do not belong together.",
-            )
-        if not self.weights.trusted and not _finite(tensor):
-            raise InputError(f"{name} holds NaN or infinite values.", "The checkpoint is damaged.")
-        return tensor.to(self.dtype)
-
-    def _parameters(self, module: nn.Module, prefix: str) -> None:
-        for name, parameter in list(module.named_parameters()):
-            if parameter.is_meta:
-                path, _, leaf = name.rpartition(".")
-                filled = nn.Parameter(self.dense(prefix + name, tuple(parameter.shape)), requires_grad=False)
-                setattr(module.get_submodule(path), leaf, filled)
+    prefix, layer = f"model.layers.{index}.", decoder.layers[index]
+    for linear in frozen_linears(layer):
+        name, shape = f"{prefix}{linear.spec.name}", (linear.out_features, linear.in_features)
+        if not streamed:
+            linear.weight = read_frozen(weights, f"{name}.weight", shape, quant, dtype, device)
+        if linear.spec.bias:
+            linear.bias = dense(f"{name}.bias", shape[:1])
+    _fill_parameters(layer, prefix, dense)
 
 
-def _finite(tensor: Tensor) -> bool:
-    """The sum tells nearly always, without a tensor of the same size."""
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all())
+def fill_norm(decoder: Decoder, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the decoder its last norm and its rotary tables, which are computed and not stored."""
+    norm, rotary = (getattr(decoder.model, name) for name in ("norm", "rotary_emb"))
+    _fill_parameters(norm, "model.norm.", lambda name, shape: read_dense(weights, name, shape, dtype, device))
+    decoder.model.rotary_emb = type(rotary)(config=decoder.config).to(device)
 
 
-def frozen(module: nn.Module) -> FrozenLinear:
-    """The frozen linear that ``module`` is, or that an adapter wraps."""
-    return next(inner for inner in module.modules() if isinstance(inner, FrozenLinear))
-
-
-def _fill_linear(linear: FrozenLinear, name: str, filling: Filling) -> None:
-    shape = (linear.out_features, linear.in_features)
-    if filling.weights.is_nf4(f"{name}.weight"):
-        stored = filling.weights.read_nf4(f"{name}.weight", filling.device)
-        if tuple(stored.shape) != shape:
-            raise InputError(f"{name}.weight has the shape {stored.shape}, and config.json asks for {shape}.")
-        linear.weight = stored
-    else:
-        full = filling.dense(f"{name}.weight", shape)
-        linear.weight = quantize(full) if filling.quant == "nf4" else full
-    if linear.spec.bias:
-        linear.bias = filling.dense(f"{name}.bias", (linear.out_features,))
+def _fill_parameters(module: nn.Module, prefix: str, dense: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+    for name, parameter in list(module.named_parameters()):
+        if parameter.is_meta:
+            path, _, leaf = name.rpartition(".")
+            filled = nn.Parameter(dense(prefix + name, tuple(parameter.shape)), requires_grad=False)
+            setattr(module.get_submodule(path), leaf, filled)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from effitrain.data.batches import MicroBatch
 from effitrain.model.decoder import Decoder
-from effitrain.model.load import Filling, Weights, frozen
+from effitrain.model.load import fill_layer, fill_norm, frozen_linears
+from effitrain.quant.linear import FrozenLinear
+from effitrain.quant.read import Weights, read_dense
 
 
 @dataclass
@@ -38,18 +40,19 @@ class Walk:
     """
 
     def __init__(self, decoder: Decoder, weights: Weights, quant: str, dtype: torch.dtype, device: torch.device):
-        self.decoder, self.device = decoder, device
-        self._filling = Filling(weights, quant, dtype, device)
-        self._filling.rest(decoder)
+        self.decoder, self.weights, self.device = decoder, weights, device
+        self.quant, self.dtype = quant, dtype
+        fill_norm(decoder, weights, dtype, device)
 
     def start(self, batches: Sequence[MicroBatch]) -> list[Passing]:
         """The micro-batches before the first layer."""
-        self._filling.embedding(self.decoder, on_host=True)
+        embedding: Any = self.decoder.model.embed_tokens
+        embedding.weight = self._table("model.embed_tokens.weight", torch.device("cpu"))
         passing = []
         for batch in batches:
-            x, context = self.decoder.embed(batch.input_ids, batch.position_ids, batch.segments)
-            passing.append(Passing(batch, x.cpu(), context))
-        embedding: Any = self.decoder.model.embed_tokens
+            x = embedding(batch.input_ids[None])
+            rope = self.decoder.model.rotary_emb(x.to(self.device), batch.position_ids[None].to(self.device))  # type: ignore[operator]
+            passing.append(Passing(batch, x, {"position_embeddings": rope, "segments": batch.segments}))
         embedding.weight = None
         return passing
 
@@ -57,27 +60,36 @@ class Walk:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Layer ``index``, filled within the block."""
         layer = self.decoder.layers[index]
-        self._filling.layer(self.decoder, index)
+        fill_layer(self.decoder, index, self.weights, self.quant, self.dtype, self.device)
         try:
             yield layer
         finally:
-            for linear in self.decoder.spec.layers[index].linears:
-                _empty(layer.get_submodule(linear.name))
+            _empty(layer)
 
     def run(self, layer: nn.Module, passing: Passing) -> Tensor:
         """What ``layer`` makes of a micro-batch, [1, N, H] on the device."""
-        return self.decoder.run(layer, passing.x.to(self.device), passing.context)
+        return layer(passing.x.to(self.device), attention_mask=None, **passing.context)
 
     @contextmanager
     def head(self) -> Iterator[None]:
         """The head, filled within the block."""
-        self._filling.head(self.decoder)
+        name = "model.embed_tokens.weight" if self.decoder.spec.tied else "lm_head.weight"
+        frozen(self.decoder.lm_head).weight = self._table(name, self.device)
         try:
             yield
         finally:
             _empty(self.decoder.lm_head)
 
+    def _table(self, name: str, device: torch.device) -> Tensor:
+        spec = self.decoder.spec
+        return read_dense(self.weights, name, (spec.vocab, spec.hidden), self.dtype, device)
+
+
+def frozen(module: nn.Module) -> FrozenLinear:
+    """The frozen linear that ``module`` is, or that an adapter wraps."""
+    return frozen_linears(module)[0]
+
 
 def _empty(module: nn.Module) -> None:
-    linear = frozen(module)
-    linear.weight = linear.bias = None
+    for linear in frozen_linears(module):
+        linear.weight = linear.bias = None

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from effitrain.core.spec import LinearSpec
 from effitrain.io.nf4 import NF4Tensor
+from effitrain.kernels import nf4_linear
+from effitrain.kernels.backend import shaped, usable
+from effitrain.kernels.lora_linear import Linear
 from effitrain.quant.nf4 import dequantize
 
 
@@ -26,7 +29,11 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.weight: Tensor | NF4Tensor | None = None
         self.bias: Tensor | None = None
-        self._value_needed = True
+        self.value_needed = True
+
+    def as_linear(self) -> Linear:
+        """This linear, without an update, as the kernels see it."""
+        return Linear(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same as ``matmul``."""
@@ -36,14 +43,32 @@ class FrozenLinear(nn.Module):
         """``x`` [..., in] times the frozen weight, [..., out]; differentiable in ``x`` only."""
         return _FrozenMatmul.apply(x, self)
 
+    def product(self, x: Tensor) -> Tensor:
+        """The value of ``matmul``, without a record for backward; zeros while nobody reads it."""
+        if not self.value_needed:
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        weight = self.weight
+        if isinstance(weight, NF4Tensor) and usable("nf4_linear", x):
+            return nf4_linear.product(x, weight, self.bias)
+        return F.linear(x, self.dense(x.dtype), self.bias)
+
+    def transposed_product(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
+        """``grad`` [..., out] times the weight itself, [..., in]; added to ``into`` [M, in] if given."""
+        if into is not None:
+            return into.addmm_(grad, self.dense(grad.dtype))
+        weight = self.weight
+        if isinstance(weight, NF4Tensor) and usable("nf4_linear", grad):
+            return nf4_linear.transposed_product(grad, weight)
+        return grad @ self.dense(grad.dtype)
+
     @contextmanager
     def value_unused(self) -> Iterator[None]:
         """Within it ``matmul`` gives zeros of the right shape, with the right gradient: nobody reads the value."""
-        self._value_needed = False
+        self.value_needed = False
         try:
             yield
         finally:
-            self._value_needed = True
+            self.value_needed = True
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in ``dtype``: a fresh tensor for NF4, the stored one when it already has that dtype."""
@@ -68,10 +93,9 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
         ctx.linear = linear
-        if not linear._value_needed:
-            return x.new_zeros(*x.shape[:-1], linear.out_features)
-        return F.linear(x, linear.dense(x.dtype), linear.bias)
+        y = linear.product(x.reshape(-1, x.shape[-1]))
+        return shaped(y, *x.shape[:-1], linear.out_features)  # adapters add to it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.linear.dense(grad.dtype), None
+        return ctx.linear.transposed_product(grad), None

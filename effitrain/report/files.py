@@ -15,7 +15,8 @@ from effitrain.core.units import format_bytes
 from effitrain.data.prepare import DataStats
 from effitrain.io.atomic import write_bytes, write_json, write_text
 from effitrain.report.html import render_report
-from effitrain.report.plots import loss_png
+from effitrain.report.plots import loss_png, timeline_png
+from effitrain.stream.engine import Span, Traffic
 from effitrain.train.state import TrainState
 
 _MANY = 0.05  # share of samples cut or lost that is worth a warning
@@ -31,6 +32,8 @@ def write_report(
     data: DataStats,
     evals: Sequence[tuple[int, float]],
     measured_peak_bytes: int,
+    stream: Mapping[str, Any] | None = None,
+    timeline: Sequence[Span] = (),
     prune: Mapping[str, Any] | None = None,
 ) -> Report:
     """Write the report of a finished run; report.json comes last, for it marks the run as finished.
@@ -43,6 +46,8 @@ def write_report(
         data: counts of the training data.
         evals: (step, loss) on the evaluation set, the first one before training.
         measured_peak_bytes: of the device.
+        stream: what ``stream_figures`` says, where layers streamed.
+        timeline: of the last streamed pass, in seconds.
         prune: what pruning and recovery did, for a run that pruned.
     """
     scored = [loss for _, loss in evals]
@@ -60,13 +65,35 @@ def write_report(
         prune=prune,
         adapter="adapter" if (folder / "adapter").is_dir() else None,
         warnings=tuple(_warnings(plan, data, evals, measured_peak_bytes)),
+        stream=stream,
     )
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     png = loss_png(metrics, evals)
     write_bytes(folder / "loss.png", png)
-    write_text(folder / "report.html", render_report(report.to_json(), plan.to_json(), metrics, png))
+    second = timeline_png(timeline) if timeline else None
+    write_text(folder / "report.html", render_report(report.to_json(), plan.to_json(), metrics, png, second))
     write_json(folder / "report.json", report.to_json())
     return report
+
+
+def stream_figures(before: Traffic | None, after: Traffic, streamed: int, resident: int) -> dict[str, Any]:
+    """The ``stream`` part of the report: what was copied between two counts, those before and after training."""
+    past = before or Traffic()
+    part = Traffic(
+        after.copies - past.copies,
+        after.bytes_copied - past.bytes_copied,
+        after.copy_seconds - past.copy_seconds,
+        after.wait_seconds - past.wait_seconds,
+    )
+    return {
+        "streamed_layers": streamed,
+        "resident_layers": resident,
+        "bytes_copied": part.bytes_copied,
+        "copies": part.copies,
+        "copy_seconds": part.copy_seconds,
+        "wait_seconds": part.wait_seconds,
+        "hidden_share": part.hidden_share,
+    }
 
 
 def _warnings(

@@ -14,7 +14,11 @@ Row = Sequence[object]
 
 
 def render_report(
-    report: Mapping[str, Any], plan: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], loss_png: bytes | None
+    report: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    loss_png: bytes | None,
+    timeline_png: bytes | None = None,
 ) -> str:
     """The page for a run.
 
@@ -23,15 +27,16 @@ def render_report(
         plan: content of ``plan.json``.
         metrics: the lines of ``metrics.jsonl``.
         loss_png: the loss curve, or None to leave it out.
+        timeline_png: copies and computation of a streamed pass, or None.
     """
     sections = [
         _headline(report),
         _warnings(report["warnings"]),
-        _section("Loss", _picture(loss_png) + _steps(metrics)),
+        _section("Loss", _picture("Loss by step", loss_png) + _steps(metrics)),
         _section("Memory", _memory(report["memory"]) + _ledger(plan["ledger"])),
         _section("Plan", _list(plan.get("reasons", ())) + _pairs(plan.get("settings", {}))),
         _section("Data", _pairs(report["data"])),
-        _section("Streaming", _pairs(report["stream"] or {})),
+        _section("Streaming", _pairs(report["stream"] or {}) + _picture("Layers by time", timeline_png)),
         _section("Pruning", _pairs(report["prune"] or {})),
         _section("Versions", _pairs(report["versions"])),
     ]
@@ -73,10 +78,10 @@ def _warnings(warnings: Iterable[str]) -> str:
     return f'<section class="warnings"><h2>Warnings</h2>{items}</section>' if items else ""
 
 
-def _picture(loss_png: bytes | None) -> str:
-    if loss_png is None:
+def _picture(alt: str, png: bytes | None) -> str:
+    if png is None:
         return ""
-    return f'<img alt="Loss by step" src="data:image/png;base64,{b64encode(loss_png).decode()}">'
+    return f'<img alt="{alt}" src="data:image/png;base64,{b64encode(png).decode()}">'
 
 
 def _steps(metrics: Sequence[Mapping[str, Any]]) -> str:

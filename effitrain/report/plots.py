@@ -1,11 +1,14 @@
-"""The loss curve of a run as a PNG."""
+"""The pictures of a run as PNG: its loss curve, and the timeline of layers that stream."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from effitrain.stream.engine import Span
+
 INK, MUTED, GRID = "#1f2328", "#656d76", "#e4e7eb"
 TRAIN, EVAL = "#2a78d6", "#d9622b"
+SPAN_COLORS = {"compute": "#b8d4f3", "copy": TRAIN, "wait": EVAL}
 SMOOTHED_FROM = 30  # steps: a shorter curve is read as it is
 
 
@@ -23,6 +26,35 @@ def loss_png(metrics: Sequence[Mapping[str, Any]], eval_points: Iterable[tuple[i
     _draw_training(axes, [line["step"] for line in metrics], [line["loss"] for line in metrics])
     _draw_evaluation(axes, sorted(eval_points))
     _plain_style(axes)
+    return _png(figure)
+
+
+def timeline_png(spans: Sequence[Span]) -> bytes:
+    """Copies, waits and computation of one pass, layer by layer over time, as PNG bytes of 1600 x 800 pixels.
+
+    Args:
+        spans: with times in seconds.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import AutoLocator, MaxNLocator
+
+    figure = Figure(figsize=(8, 4), dpi=200, layout="constrained")
+    axes = figure.add_subplot(xlabel="seconds", ylabel="layer")
+    for kind, color in SPAN_COLORS.items():
+        mine = [span for span in spans if span.kind == kind]
+        height = 0.8 if kind == "compute" else 0.4  # a copy that hides shows inside the computation it hides behind
+        widths = [span.end - span.start for span in mine]
+        layers, starts = [span.layer for span in mine], [span.start for span in mine]
+        axes.barh(layers, widths, height, left=starts, color=color, label=kind)
+    axes.invert_yaxis()
+    _plain_style(axes)
+    axes.xaxis.set_major_locator(AutoLocator())
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.legend(frameon=False, labelcolor=INK, loc="upper center")
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

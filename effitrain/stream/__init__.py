@@ -1,1 +1,1 @@
-"""What visits the device: layer inputs kept on the host between forward and backward. May import data and below."""
+"""Layers and layer inputs that visit the device: slots, schedule, copies. May import data and below."""

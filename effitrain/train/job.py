@@ -18,6 +18,7 @@ from effitrain.data.tokenized import TokenSet
 from effitrain.model.decoder import Decoder
 from effitrain.model.load import DTYPES, Base, load_model
 from effitrain.stream.offload import Offload
+from effitrain.stream.placement import Placement
 from effitrain.train.loop import Course
 from effitrain.train.optim import make_optimizer
 from effitrain.train.state import TrainState, checkpoints, load_checkpoint, remove_after
@@ -44,6 +45,9 @@ def assemble(
     tokens: TokenSet,
     device: torch.device,
     progress: Callable[[str], None] = lambda name: None,
+    placement: Placement | None = None,
+    by_layer: bool = False,
+    stored: Callable[[int, int], None] = lambda done, parts: None,
 ) -> Job:
     """Load the model and put the rest around it.
 
@@ -53,9 +57,12 @@ def assemble(
         tokens: to train on.
         device: where to.
         progress: told each layer that is in place.
+        placement: which layers are streamed; None for none.
+        by_layer: all micro-batches of a step pass a layer before the next one is needed.
+        stored: told how many parts of the store are done, of how many.
     """
-    decoder = load_model(base, recipe, device, progress)
-    keep_less(decoder, recipe)
+    decoder = load_model(base, recipe, device, progress, placement, stored)
+    keep_less(decoder, recipe, by_layer)
     clock = Clock(recipe.seed)
     adapters = attach(decoder, AdapterConfig.of(recipe), clock)
     if recipe.init_adapter:
@@ -63,25 +70,28 @@ def assemble(
     trainable: dict[str, torch.Tensor] = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(chosen(recipe.optimizer), trainable.values(), chosen(recipe.lr), recipe.weight_decay)
     batches = make_batches(tokens, recipe)
-    return Job(decoder, adapters, clock, trainable, optimizer, batches, _course(recipe, batches))
+    return Job(decoder, adapters, clock, trainable, optimizer, batches, _course(recipe, batches, by_layer))
 
 
-def keep_less(decoder: Decoder, recipe: Recipe) -> None:
-    """Recompute and offload as ``recipe``, with every choice made, says."""
+def keep_less(decoder: Decoder, recipe: Recipe, by_layer: bool = False) -> None:
+    """Recompute and offload as ``recipe``, with every choice made, says; ``by_layer`` keeps the inputs of all
+    micro-batches of a step.
+    """
     decoder.set_recompute(recipe.recompute)
     if recipe.offload_activations == "on":
         tokens = chosen(recipe.batch_size) * chosen(recipe.max_seq_len)
         dtype = DTYPES[recipe.dtype]
-        decoder.offload = Offload(len(decoder.layers), tokens, decoder.spec.hidden, dtype, decoder.device)
+        inputs = len(decoder.layers) * (chosen(recipe.grad_accum) if by_layer else 1)
+        decoder.offload = Offload(inputs, tokens, decoder.spec.hidden, dtype, decoder.device)
 
 
-def _course(recipe: Recipe, batches: Batches) -> Course:
+def _course(recipe: Recipe, batches: Batches, by_layer: bool) -> Course:
     accum = chosen(recipe.grad_accum)
     in_epochs = math.ceil(batches.per_epoch * recipe.epochs)
     steps = recipe.max_steps or math.ceil(in_epochs / accum)
     micro_batches = steps * accum if recipe.max_steps else in_epochs
     pace = (chosen(recipe.lr), recipe.schedule, recipe.warmup, recipe.max_grad_norm)
-    return Course(steps, micro_batches, accum, *pace)
+    return Course(steps, micro_batches, accum, *pace, by_layer)
 
 
 def resume(recipe: Recipe, folder: Path, job: Job, tell: Callable[[str], None]) -> TrainState:

@@ -5,7 +5,7 @@ is linear in the number of layers of a kind. A test compares with the full depth
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -17,19 +17,34 @@ from torch.optim import Optimizer
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
-from effitrain.core.memory import MIN_8BIT, STATE_BLOCK
+from effitrain.core.cut import cut_spec
+from effitrain.core.ledger import GPU
+from effitrain.core.memory import MIN_8BIT, OVERHEAD, SLOTS, STATE_BLOCK
+from effitrain.core.plan import Plan, resolve
 from effitrain.core.recipe import Recipe
-from effitrain.core.spec import LayerSpec, ModelSpec
+from effitrain.core.spec import ModelSpec
 from effitrain.data.batches import MicroBatch
 from effitrain.io.synthetic import EmptyCheckpoint, shapes_of
 from effitrain.model.decoder import Decoder, build
-from effitrain.model.load import DTYPES, fill
+from effitrain.model.load import DTYPES, fill, stream
 from effitrain.quant.nf4 import warm_up
+from effitrain.stream.fresh import FreshLayers
+from effitrain.stream.placement import Placement, place
 from effitrain.train.job import chosen, keep_less
-from effitrain.train.loss import loss_sum
+from effitrain.train.loss import backward_by_layer, loss_sum
 from effitrain.train.memory import StorageTracker, model_tensors, optimizer_tensors
 from effitrain.train.optim import make_optimizer
 
+STEP = "the step"
+COMPONENTS = {
+    "frozen weights": (
+        "frozen linears", "NF4 offsets", "streaming slots", "embedding", "embedding, tied to the head", "head",
+        "norms and biases",
+    ),
+    "adapters and their gradients": ("adapter weights", "adapter gradients"),
+    "optimizer states": ("optimizer states",),
+    STEP: (),
+}  # fmt: skip
 KEPT = 2  # layers of each kind that are run; one more of a kind shows what it adds
 
 
@@ -65,53 +80,101 @@ class Tracked:
         return Tracked(*(a + times * b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def track(spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe, device: str) -> Tracked:
-    """The bytes of a step, the model resident.
+@dataclass(frozen=True)
+class Step:
+    """What is run.
 
-    Args:
-        spec: the model's shape.
-        config: its config.json.
+    Attributes:
+        spec: the shape of the model that is trained.
+        config: the full-size model's config.json.
         recipe: with every choice made.
         device: on ``cuda`` an untied embedding lies on the host.
+        streamed: by layer, whether it only visits the device.
+        by_layer: all micro-batches of a step pass a layer together.
     """
-    kinds = Counter(map(_kind, spec.layers))
-    kept = {kind: min(KEPT, count) for kind, count in kinds.items()}
 
-    def run(numbers: Mapping[Any, int]) -> Tracked:
-        thin = _thinned(spec, numbers)
-        return _run(thin, {**config, "num_hidden_layers": thin.num_layers}, recipe, device)
+    spec: ModelSpec
+    config: Mapping[str, Any]
+    recipe: Recipe
+    device: str
+    streamed: tuple[bool, ...]
+    by_layer: bool = False
 
-    base = total = run(kept)
-    for kind, count in kinds.items():
+    @property
+    def host_embedding(self) -> bool:
+        """Whether the embedding is no tensor of the device."""
+        return self.device == "cuda" and not self.spec.tied
+
+
+def proved(plan: Plan, spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe, device: str) -> Plan:
+    """``plan`` with its proof: the same step tracked, the context and slack of the plan added.
+
+    Args:
+        plan: made from ``recipe``.
+        spec: the full-size model's shape.
+        config: its config.json.
+        recipe: as asked.
+        device: ``cpu`` or ``cuda``.
+    """
+    full, settings = resolve(recipe, plan), plan.settings
+    ratio = plan.prune_ratio
+    trained = spec if ratio is None else cut_spec(spec, ratio, full.prune_parts, full.prune_exempt)
+    placement = place(spec.num_layers, plan.resident_layers, SLOTS)
+    streamed = tuple(layer in placement.streamed for layer in range(spec.num_layers))
+    tracked = track(Step(trained, config, full, device, streamed, settings.by_layer))
+    held = (tracked.frozen, tracked.adapters, tracked.optimizer)
+    parts = dict(zip(COMPONENTS, (*held, tracked.peak - sum(held)), strict=True))
+    predicted = Counter[str]()
+    for line in plan.ledger:
+        if line.where == GPU and line.what != OVERHEAD:
+            predicted[next((part for part, lines in COMPONENTS.items() if line.what in lines), STEP)] += line.bytes
+    components = [
+        {"what": part, "predicted_bytes": predicted[part], "tracked_bytes": size} for part, size in parts.items()
+    ]
+    error = sum(predicted.values()) / tracked.peak - 1
+    proof = {"peak_bytes": tracked.peak + plan.overhead_bytes, "error": error, "components": components}
+    return replace(plan, proof=proof)
+
+
+def track(step: Step) -> Tracked:
+    """The bytes of a step."""
+    kinds = [
+        (layer.linears, layer.other_params, visits)
+        for layer, visits in zip(step.spec.layers, step.streamed, strict=True)
+    ]
+    counts = Counter(kinds)
+    kept = {kind: min(SLOTS if kind[-1] else KEPT, count) for kind, count in counts.items()}
+    base = total = _run(_thinned(step, kinds, kept))
+    for kind, count in counts.items():
         if count > kept[kind]:
-            one_more = run({**kept, kind: kept[kind] + 1})
+            one_more = _run(_thinned(step, kinds, {**kept, kind: kept[kind] + 1}))
             total = total.plus(one_more.plus(base, -1), count - kept[kind])
     return total
 
 
-def _kind(layer: LayerSpec) -> Any:
-    return layer.linears, layer.other_params
-
-
-def _thinned(spec: ModelSpec, numbers: Mapping[Any, int]) -> ModelSpec:
+def _thinned(step: Step, kinds: Sequence[Any], numbers: Mapping[Any, int]) -> Step:
     """The last layers of each kind, as many as ``numbers`` says."""
-    left, layers = dict(numbers), []
-    for layer in reversed(spec.layers):
-        if left[_kind(layer)]:
-            left[_kind(layer)] -= 1
-            layers.append(layer)
-    return replace(spec, layers=tuple(replace(layer, index=i) for i, layer in enumerate(reversed(layers))))
+    left = dict(numbers)
+    picked: list[int] = []
+    for index in reversed(range(len(kinds))):
+        if left[kinds[index]]:
+            left[kinds[index]] -= 1
+            picked.insert(0, index)
+    layers = tuple(replace(step.spec.layers[index], index=place) for place, index in enumerate(picked))
+    config = {**step.config, "num_hidden_layers": len(layers)}
+    visits = tuple(step.streamed[index] for index in picked)
+    return replace(step, spec=replace(step.spec, layers=layers), config=config, streamed=visits)
 
 
-def _run(spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe, device: str) -> Tracked:
+def _run(step: Step) -> Tracked:
     with _symbolic():
-        decoder = _model(spec, config, recipe)
+        decoder = _model(step)
         parameters: list[Tensor] = [p for p in decoder.parameters() if p.requires_grad]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        optimizer = _optimizer(recipe, parameters)
+        optimizer = _optimizer(step.recipe, parameters)
         tracker = StorageTracker()
-        if device == "cuda" and not spec.tied:
+        if step.host_embedding:
             tracker.ignore(decoder.model.embed_tokens.weight)  # type: ignore[union-attr, arg-type]
         if decoder.offload:
             tracker.ignore(decoder.offload.host)
@@ -119,20 +182,26 @@ def _run(spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe, device: str
         frozen = _added(tracker, model_tensors(decoder))
         states = _added(tracker, optimizer_tensors(optimizer))
         buffers = _added(tracker, [decoder.offload.staging] if decoder.offload else [])
-        batch = _full_batch(recipe)
         with tracker:
-            forward, backward, step = _step(decoder, batch, parameters, optimizer, tracker)
-        return Tracked(frozen, adapters, states, buffers, forward, backward, step)
+            forward, backward, update = _step(step, decoder, parameters, optimizer, tracker)
+        return Tracked(frozen, adapters, states, buffers, forward, backward, update)
 
 
 def _step(
-    decoder: Decoder, batch: MicroBatch, parameters: list[Tensor], optimizer: Optimizer, tracker: StorageTracker
+    step: Step, decoder: Decoder, parameters: list[Tensor], optimizer: Optimizer, tracker: StorageTracker
 ) -> tuple[int, int, int]:
-    """The peaks of forward pass and loss, of the backward pass, and of the optimizer's step."""
-    loss = loss_sum(decoder, batch)
-    forward = tracker.restart()
-    loss.backward()
-    back = tracker.restart()
+    """The peaks of forward pass and loss, of the backward pass, and of the optimizer's step; of forward and backward
+    together where the micro-batches of a step go by layer.
+    """
+    batch = _full_batch(step.recipe)
+    if step.by_layer:
+        backward_by_layer(decoder, [batch] * chosen(step.recipe.grad_accum), lambda number: None)
+        forward = back = tracker.restart()
+    else:
+        loss = loss_sum(decoder, batch)
+        forward = tracker.restart()
+        loss.backward()
+        back = tracker.restart()
     torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 0.5)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
@@ -154,12 +223,19 @@ def _symbolic() -> Iterator[None]:
         yield
 
 
-def _model(spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe) -> Decoder:
-    dtype, device = DTYPES[recipe.dtype], torch.device("cpu")
-    decoder = build(spec, config, spec.name)
-    fill(decoder, EmptyCheckpoint(shapes_of(spec), 0, recipe.quant == "nf4", dtype), recipe.quant, dtype, device)
+def _model(step: Step) -> Decoder:
+    recipe, dtype, device = step.recipe, DTYPES[step.recipe.dtype], torch.device("cpu")
+    weights = EmptyCheckpoint(shapes_of(step.spec), 0, recipe.quant == "nf4", dtype)
+    visiting = [layer for layer, visits in enumerate(step.streamed) if visits]
+    decoder = build(step.spec, step.config, step.spec.name)
+    fill(decoder, weights, recipe.quant, dtype, device, streamed=visiting)
+    if visiting:
+        resident = frozenset(range(step.spec.num_layers)) - set(visiting)
+        placement = Placement(step.spec.num_layers, resident, frozenset(), min(SLOTS, len(visiting)))
+        source = FreshLayers(step.spec, weights, recipe.quant, recipe.dtype)
+        stream(decoder, source, placement, device, shapes_only=True)
     attach(decoder, AdapterConfig.of(recipe), Clock(recipe.seed))
-    keep_less(decoder, recipe)
+    keep_less(decoder, recipe, step.by_layer)
     return decoder
 
 

@@ -19,13 +19,14 @@ from effitrain.data.batches import Batches
 from effitrain.data.tokenized import TokenSet
 from effitrain.evals.perplexity import evaluate_loss
 from effitrain.model.decoder import Decoder, build
-from effitrain.model.load import Weights, fill, find_base
+from effitrain.model.load import fill, find_base
 from effitrain.model.walk import Walk
 from effitrain.pruning.align import Aligner
 from effitrain.pruning.cut import CutWeights
 from effitrain.pruning.groups import PARTS
 from effitrain.pruning.score import score_layers
 from effitrain.pruning.select import select
+from effitrain.quant.read import Weights
 from effitrain.train.hooks import Hook
 from effitrain.train.loop import Course, train
 from effitrain.train.optim import make_optimizer

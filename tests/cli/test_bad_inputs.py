@@ -12,7 +12,6 @@ CONFIG = "model: tiny\n"
 # Name of a case: the command it gives, words that the message must hold.
 USAGE = {
     "no such verb": (lambda p: ["trian"], ("trian",)),
-    "verb of a later version": (lambda p: ["bench", "kernels"], ("bench", "this version")),
     "unknown flag": (lambda p: ["run", "--nonsense"], ("--nonsense",)),
     "misspelt flag": (lambda p: ["run", "--bach-size", "4"], ("--bach-size", "--batch-size")),
     "flag of a later version": (lambda p: ["run", "--lisa-layers", "2"], ("--lisa-layers", "LISA")),
@@ -32,6 +31,14 @@ USAGE = {
     "unknown method of a plan": (lambda p: p.run("plan", method="loro"), ("--method", "loro", "lora")),
     "unknown target": (lambda p: p.run(lora_targets="q_proj,qproj"), ("qproj", "--lora-targets", "down_proj")),
     "fit of a later version": (lambda p: p.run(fit="stream"), ("--fit stream", "this version")),
+    "offload of what is kept": (
+        lambda p: p.run(recompute="none", offload_activations="on"),
+        ("--offload-activations on", "--recompute none"),
+    ),
+    "streaming without recomputation": (lambda p: p.run(fit="stream", recompute="mlp"), ("--fit stream", "mlp")),
+    "ratio of what is not pruned": (lambda p: p.run(fit="resident", prune_ratio=0.5), ("--prune-ratio", "resident")),
+    "ratio that is none": (lambda p: p.run(prune_ratio=1.2), ("--prune-ratio", "less than 1")),
+    "exempt layers that are none": (lambda p: p.run(prune_exempt="four"), ("--prune-exempt", "4,2")),
     "size that is none": (lambda p: p.run(gpu_mem="plenty"), ("plenty", "20G")),
     "size of nothing": (lambda p: p.run(host_mem="0G"), ("0G", "above zero")),
     "unknown card": (lambda p: p.run("plan", gpu="rtx4091"), ("rtx4091", "rtx4090")),
@@ -91,7 +98,7 @@ TOO_SMALL = {
         ("the budget is 9.0 KiB",),
     ),
     "70B": (
-        lambda p: p.run(model="llama-70b", weights="synthetic", gpu_mem="20G", quant="nf4"),
+        lambda p: p.run(model="llama-70b", weights="synthetic", gpu_mem="20G", quant="nf4", fit="resident"),
         ("the budget is 20.0 GiB", "short"),
     ),
 }

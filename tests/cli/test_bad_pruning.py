@@ -64,7 +64,7 @@ def refused(answer, *words):
 
 def test_pruning_flags_without_pruning(effitrain, full, tmp_path):
     flags = ["--fit", "resident", "--prune-ratio", 0.5, "--align", "none", "-o", tmp_path / "out"]
-    refused(effitrain("run", "--model", full, *flags), "--prune-ratio is for --fit prune", "--align is for --fit prune")
+    refused(effitrain("run", "--model", full, *flags), "--prune-ratio 0.5 is for --fit prune", "--align none is")
 
 
 def test_the_verb_needs_a_ratio(effitrain, full, tmp_path):

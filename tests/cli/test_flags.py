@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ DATA = (
 RUN = f"""
     {DATA} --config --model --weights --eval-dataset --eval-fraction --eval-every
     --output-dir -o --save-every --keep-checkpoints --resume --report-to
-    --gpu-mem --host-mem --gpu --fit --quant --dtype --recompute
+    --gpu-mem --host-mem --gpu --fit --prefer --resident-layers --quant --dtype --recompute --offload-activations
+    --prune-ratio --prune-parts --prune-exempt
     --max-seq-len --batch-size --grad-accum --lr --schedule --warmup --epochs --max-steps --seed
     --weight-decay --max-grad-norm --optimizer
     --method --lora-r --lora-alpha --lora-dropout --lora-targets --lora-rslora --no-lora-rslora --init-adapter
@@ -40,6 +42,7 @@ FLAGS = {
     "recover": "--model --output-dir -o --config --adapter --keep",
     "export": "--model --output-dir -o --config --adapter --to",
     "doctor": "",
+    "bench": "",
 }
 
 
@@ -67,6 +70,15 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage: ") == len(VERBS) + 1 and not done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_help_answers_in_half_a_second(arguments):
+    """CPU seconds, which on a machine of one's own are all: waiting for a core that others use does not count."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([Path(sys.executable).with_name("effitrain"), *arguments], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def planned(effitrain, *arguments: object) -> dict:
@@ -111,7 +123,15 @@ def test_the_recipe_of_a_run_holds_every_field(finished):
 PLAN = {
     "gpu_mem": 2**30, "host_mem": 2**30, "gpu": "t4", "quant": "nf4", "dtype": "fp32", "recompute": "layer",
     "max_seq_len": 40, "batch_size": 2, "grad_accum": 3, "optimizer": "adamw8bit", "lora_r": 2,
-    "lora_targets": ("q_proj",), "model": "llama-3.2-1b",
+    "lora_targets": ("q_proj",), "model": "llama-3.2-1b", "fit": "stream", "offload_activations": "on",
+    "prefer": "fast", "resident_layers": 0, "prune_ratio": 0.5, "prune_parts": "ffn", "prune_exempt": (0, 0),
+}  # fmt: skip
+# Fields that matter only beside others.
+BESIDE = {
+    "prefer": {"model": "llama-70b", "gpu_mem": 20 * 2**30, "host_mem": 2**36, "quant": "nf4", "gpu": "rtx4090"},
+    "resident_layers": {"fit": "stream"}, "prune_ratio": {"model": "llama-3.2-1b"},
+    "prune_parts": {"model": "llama-3.2-1b", "prune_ratio": 0.5},
+    "prune_exempt": {"model": "llama-3.2-1b", "prune_ratio": 0.5},
 }  # fmt: skip
 TOKENS = {
     "dataset": "other", "format": "text", "columns": {"completion": "text"}, "template": "chatml",
@@ -130,7 +150,6 @@ PRUNING = {
 REFUSED = {
     "prune_method": "loraprune",
     "small_model": "nowhere",
-    "fit": "stream",
     "method": "loro",
     "resume": "nowhere",
 }
@@ -162,16 +181,17 @@ def base(tiny_model, tmp_path_factory) -> dict:
 def changed(base, finished):
     """``changed(field, value)``: a recipe of ``base`` with one field changed; stand-ins become paths."""
 
-    def make(field: str, value: object) -> Recipe:
+    def make(field: str, value: object, **beside: object) -> Recipe:
         paths = {"other": str(Path(base["dataset"]).with_name("other.jsonl")), "finished": str(finished)}
-        return recipe(**{**base, field: paths.get(value, value) if isinstance(value, str) else value})
+        return recipe(**{**base, **beside, field: paths.get(value, value) if isinstance(value, str) else value})
 
     return make
 
 
 @pytest.mark.parametrize("field", PLAN)
 def test_fields_that_change_the_plan(base, changed, field):
-    before, after = plan(recipe(**base)), plan(changed(field, PLAN[field]))
+    beside = BESIDE.get(field, {})
+    before, after = plan(recipe(**{**base, **beside})), plan(changed(field, PLAN[field], **beside))
     assert (before.settings, before.ledger, before.budget_bytes, before.reasons) != (
         *(after.settings, after.ledger, after.budget_bytes, after.reasons),
     )

@@ -57,7 +57,7 @@ def test_auto_leaves_the_choice_to_the_plan(field: str) -> None:
         ("quant", "int8"),
         ("dtype", "float16"),
         ("format", "jsonl"),
-        ("recompute", "mlp"),
+        ("recompute", "attention"),
         ("weights", "synthetic:x"),
         ("columns", "prompt"),
         ("gpu_mem", "plenty"),
@@ -74,9 +74,9 @@ def test_a_bad_value_is_named_by_its_flag(field: str, value: object) -> None:
 
 def test_all_bad_fields_come_in_one_message() -> None:
     with pytest.raises(InputError) as caught:
-        make_recipe({"batch_size": 0, "lr": -1, "learning_rate": 3, "fit": "stream", "prune_ratio": 0.5})
+        make_recipe({"batch_size": 0, "lr": -1, "learning_rate": 3, "method": "lisa", "lisa_layers": 2})
     message = str(caught.value)
-    for part in ("--batch-size 0", "--lr -1", "Unknown key 'learning_rate'", "--fit stream", "--prune-ratio"):
+    for part in ("--batch-size 0", "--lr -1", "Unknown key 'learning_rate'", "--method lisa", "--lisa-layers"):
         assert part in message
 
 

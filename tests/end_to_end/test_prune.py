@@ -59,15 +59,18 @@ def test_files_and_report_of_one_command(one, full, effitrain, counting):
 def test_the_reports_losses_are_those_of_the_full_model(one, full, counting):
     """Of the same held-out rows, by a model loaded whole."""
     from effitrain import api
+    from effitrain.data.prepare import prepare_data
+    from effitrain.evals.perplexity import evaluate_loss
+    from effitrain.train.job import make_batches
 
     recipe = api.recipe(**{**yaml_of(one / "recipe.yaml"), "fit": "resident", **unpruned()})
     base, decoder, recipe = api._ready(recipe, None)
-    data = api.prepare_data(recipe, base.tokenizer(), recipe.max_seq_len)
-    batches = api.make_batches(data.eval, recipe)
+    data = prepare_data(recipe, base.tokenizer(), recipe.max_seq_len)
+    batches = make_batches(data.eval, recipe)
     loss = read(one / "report.json")["loss"]
-    assert api.evaluate_loss(decoder, batches).loss == pytest.approx(loss["eval_before"], rel=1e-6)
+    assert evaluate_loss(decoder, batches).loss == pytest.approx(loss["eval_before"], rel=1e-6)
     _, adapted, _ = api._ready(recipe, str(one))
-    assert api.evaluate_loss(adapted, batches).loss == pytest.approx(loss["eval_after"], rel=1e-6)
+    assert evaluate_loss(adapted, batches).loss == pytest.approx(loss["eval_after"], rel=1e-6)
 
 
 def yaml_of(path: Path) -> dict:
@@ -123,6 +126,15 @@ def test_a_second_time_nothing_is_pruned_again(one, full, flags, effitrain):
     before = (one / "small/model.safetensors").stat().st_mtime_ns
     answer = effitrain("run", "--model", full, "--fit", "prune", "--prune-ratio", 0.5, *flags, "-o", one)
     assert answer.code == 0 and (one / "small/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_small_model_that_streams_trains_alike(one, full, flags, effitrain, tmp_path):
+    """Layers of three sizes through the same slots."""
+    chosen = ["--fit", "prune", "--prune-ratio", 0.5, "--small-model", one / "small", "--resident-layers", 1]
+    answer = effitrain("run", "--model", full, *chosen, *flags, "--recompute", "layer", "-o", tmp_path / "streamed")
+    assert answer.code == 0, answer.err
+    assert read(tmp_path / "streamed/report.json")["stream"]["streamed_layers"] == 3
+    assert losses(tmp_path / "streamed") == losses(one)
 
 
 @pytest.mark.parametrize("score", ["random", "magnitude", "flap", "taylor"])

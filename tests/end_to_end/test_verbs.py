@@ -78,6 +78,13 @@ def test_chat_answers_once(effitrain, model, out):
     assert base.code == 0 and base.out != greedy[0].out
 
 
+def test_several_prompts_are_answered_as_each_alone(effitrain, model, out):
+    common = ["chat", "--model", model, "--adapter", out, "--quant", "none", "--max-new-tokens", 8]
+    alone = [effitrain(*common, "--prompt", text).out for text in ("Count from 5", "Count from 17 by one")]
+    both = effitrain(*common, "--prompt", "Count from 5", "--prompt", "Count from 17 by one")
+    assert both.code == 0 and both.out == "".join(alone)
+
+
 def test_chat_talks_until_an_empty_line(effitrain, model, out, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Count from 5\nand on\n\nnever read\n"))
     answer = effitrain("chat", "--model", model, "--adapter", out, "--quant", "none", "--max-new-tokens", 8)

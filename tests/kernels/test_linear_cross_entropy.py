@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from effitrain.kernels import linear_cross_entropy as room
 from effitrain.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy, reference
+from effitrain.kernels.lora_linear import Linear, lora_linear
+from effitrain.kernels.lora_linear import reference as lora_reference
 from effitrain.train.memory import StorageTracker
 
 
@@ -78,3 +81,46 @@ def test_without_gradients_an_adapted_head_gets_none():
     with torch.no_grad():
         linear_cross_entropy(h, head, labels, list(head.parameters()))
     assert not asked
+
+
+# The kernel rounds the gradient to the logits' dtype; Triton's interpreter chops bfloat16 instead.
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (3, 7), (5, 64), (4, 203)])
+def test_kernel(close, monkeypatch, rows, vocab, dtype, tolerance):
+    monkeypatch.setattr(room, "COLUMNS", 64)  # several turns a row, the last one ragged
+    whole = torch.full((rows + 2, vocab), 5.0, dtype=dtype)
+    logits, labels = whole[1:-1], torch.randint(vocab, (rows,))
+    logits.copy_(5 * torch.randn(rows, vocab))
+    exact = logits.double().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(exact, labels, reduction="sum")
+    loss, grad = room._loss_and_gradient(logits, labels)
+    assert grad.data_ptr() == logits.data_ptr() and loss.dtype == torch.float32
+    close(loss, wanted, 1e-6)
+    close(grad, torch.autograd.grad(wanted, exact)[0], tolerance)
+    assert (whole[[0, -1]] == 5).all()  # the rows beside it
+
+
+@pytest.mark.interpreter
+def test_kernel_with_logits_of_any_size():
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [80.0, 90.0, 100.0]])
+    exact, labels = logits.double().requires_grad_(), torch.tensor([0, 2, 0])
+    wanted = torch.nn.functional.cross_entropy(exact, labels, reduction="sum")
+    loss, grad = room._loss_and_gradient(logits, labels)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), torch.autograd.grad(wanted, exact)[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("chunk_bytes", [1, 2**26])
+def test_kernel_equals_whole_logits_with_an_adapted_head(close, lora, chunk_bytes):
+    h = torch.randn(40, 64, requires_grad=True)
+    linear, labels = Linear(lora.frozen(101, 64), lora.update(101, 64, 4)), torch.randint(101, (40,))
+    labels[::3] = IGNORED
+    loss = linear_cross_entropy(h, lambda rows: lora_linear(rows, linear), labels, linear.tensors[:2], chunk_bytes)
+    inputs = [h, *linear.tensors[:2]]
+    found = loss, *torch.autograd.grad(loss, inputs)
+    exact, exact_h = lora.doubled(linear, torch.float32), h.detach().double().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(lora_reference(exact_h, exact), labels, reduction="sum")
+    for value, want in zip(found, (wanted, *torch.autograd.grad(wanted, [exact_h, *exact.tensors[:2]])), strict=True):
+        close(value, want, 2e-5)

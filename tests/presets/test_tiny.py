@@ -1,5 +1,6 @@
 """The built-in model and its instruction set: small, whole, made by the script, and new to the model."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -16,14 +17,18 @@ def test_fits_in_three_megabytes():
     assert sum(p.stat().st_size for p in files) < 3 * 10**6
 
 
-def test_preset_and_folder_agree():
+def test_script_preset_and_folder_agree(monkeypatch):
+    """A script that makes another model than the one that is shipped would be found only when it is run."""
     from effitrain.core.presets import find_preset
     from effitrain.core.spec import spec_from_config
 
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    made = importlib.import_module("make_tiny").CONFIG
     preset = find_preset("tiny")
     assert preset is not None and preset.folder is not None
     stored = json.loads((preset.folder / "config.json").read_text())
-    assert all(stored[key] == value for key, value in preset.config.items())
+    assert {key: stored[key] for key in made} == made
+    assert {key: made[key] for key in preset.config} == preset.config
     spec = spec_from_config(preset.config, "tiny")
     assert 0.9e6 < spec.params < 1.3e6 and spec.num_kv_heads < spec.num_heads
 

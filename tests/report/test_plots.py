@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from effitrain.report.plots import SMOOTHED_FROM, loss_png, running_mean
+from effitrain.report.plots import SMOOTHED_FROM, loss_png, running_mean, timeline_png
+from effitrain.stream.engine import Span
 
 
 def metrics(count: int) -> list[dict]:
@@ -23,6 +24,18 @@ def test_any_run_gives_a_png(count, points):
     colours = {colour for _, colour in image.convert("RGB").getcolors(2**20)}
     assert ((0x2A, 0x78, 0xD6) in colours) == (count > 0)
     assert ((0xD9, 0x62, 0x2B) in colours) == bool(points)
+
+
+@pytest.mark.parametrize("kinds", [("compute",), ("compute", "copy"), ("compute", "copy", "wait")])
+def test_a_timeline_shows_each_kind(kinds):
+    from PIL import Image
+
+    spans = [Span(kind, layer, 0.1 * layer, 0.1 * layer + 0.08) for layer in range(4) for kind in kinds]
+    image = Image.open(io.BytesIO(timeline_png(spans)))
+    colours = {colour for _, colour in image.convert("RGB").getcolors(2**20)}
+    assert image.size == (1600, 800)
+    assert ((0x2A, 0x78, 0xD6) in colours) == ("copy" in kinds) and (0xB8, 0xD4, 0xF3) in colours
+    assert ((0xD9, 0x62, 0x2B) in colours) == ("wait" in kinds)
 
 
 def test_same_run_same_bytes():

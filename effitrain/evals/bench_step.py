@@ -1,0 +1,170 @@
+"""A whole training step, in this package with and without its kernels and in transformers with peft and bitsandbytes.
+
+All three train LoRA on every linear of the decoder over the same synthetic NF4 weights and the same tokens, with layers
+recomputed. A contender is measured in a process of its own, so that its peak is its own.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effitrain.adapters.attach import attach
+from effitrain.adapters.base import AdapterConfig, Clock
+from effitrain.data.batches import MicroBatch
+from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
+from effitrain.model.decoder import build
+from effitrain.model.load import DTYPES, Base, fill, find_base
+from effitrain.train.loop import accumulate
+
+CONTENDERS = ("effitrain", "effitrain without kernels", "transformers + peft + bitsandbytes")
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every contender does: steps over ``rows`` samples of ``length`` tokens."""
+
+    base: Base
+    rows: int
+    length: int
+    rank: int
+    steps: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def weights(self) -> SyntheticCheckpoint:
+        """The same for everybody."""
+        return SyntheticCheckpoint(shapes_of(self.base.spec), 0, True, self.dtype)
+
+    @property
+    def tokens(self) -> Tensor:
+        """[rows, length], on the host."""
+        source = torch.Generator().manual_seed(0)
+        return torch.randint(self.base.spec.vocab, (self.rows, self.length), generator=source)
+
+
+def measure(contender: str, work: Work) -> dict[str, Any]:
+    """Tokens a second, bytes at the peak and the loss of each step."""
+    torch.manual_seed(0)
+    step, parameters = (_stock if contender == CONTENDERS[2] else _ours)(work)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    seconds, losses = [], []
+    for number in range(WARM_UP + work.steps):
+        if number == WARM_UP and work.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        losses.append(step())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if work.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return {
+        "contender": contender,
+        "tokens_per_second": work.tokens.numel() / statistics.median(seconds[WARM_UP:]),
+        "peak_bytes": torch.cuda.max_memory_allocated() if work.device.type == "cuda" else 0,
+        "losses": losses,
+    }
+
+
+def in_processes(model: str, sizes: Sequence[int], where: str) -> Iterator[dict[str, Any]]:
+    """What ``measure`` says of each contender, each in a process of its own; one that fails says why.
+
+    Args:
+        model: whose shape is taken.
+        sizes: rows, length, rank and steps.
+        where: device and dtype, such as ``cuda bf16``.
+    """
+    for contender in CONTENDERS:
+        off = {"EFFITRAIN_KERNELS_OFF": "all"} if contender == CONTENDERS[1] else {}
+        arguments = [contender, model, *map(str, sizes), *where.split()]
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", __name__, *arguments],
+            env={**os.environ, **off},
+            capture_output=True,
+            text=True,
+        )
+        said = done.stdout.splitlines()
+        yield json.loads(said[-1]) if not done.returncode else {"contender": contender, "failed": done.stderr[-1000:]}
+
+
+def main(contender: str, model: str, *arguments: str) -> None:
+    """One contender in this process; the result is the last line."""
+    *sizes, device, dtype = arguments
+    rows, length, rank, steps = map(int, sizes)
+    base = find_base(model, "synthetic")
+    print(json.dumps(measure(contender, Work(base, rows, length, rank, steps, torch.device(device), DTYPES[dtype]))))
+
+
+def _ours(work: Work) -> tuple[Callable[[], float], list[nn.Parameter]]:
+    spec = work.base.spec
+    decoder = build(spec, work.base.source.config, spec.name)
+    fill(decoder, work.weights, "nf4", work.dtype, work.device, host_embedding=True)
+    decoder.set_recompute("layer")
+    attach(decoder, AdapterConfig(r=work.rank, alpha=2 * work.rank), Clock(0))
+    parameters = [p for p in decoder.parameters() if p.requires_grad]
+    labels = work.tokens.roll(-1, 1)
+    labels[:, -1] = -100
+    positions = torch.arange(work.length).repeat(work.rows)
+    labels = labels.flatten()
+    rows, segments = (labels != -100).nonzero().flatten(), (work.length,) * work.rows
+    batch = MicroBatch(work.tokens.flatten(), labels, positions, segments, rows, work.rows)
+    return lambda: accumulate(decoder, [batch], Clock(0), parameters), parameters
+
+
+def _stock(work: Work) -> tuple[Callable[[], float], list[nn.Parameter]]:
+    import peft
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**work.base.source.config)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=work.dtype)
+    for name in work.weights.names():
+        _set(model, name, work)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(work.device)
+    model.tie_weights()
+    targets = sorted({name.split(".")[-1] for name, m in model.named_modules() if name.endswith("_proj")})
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=work.rank, lora_alpha=2 * work.rank, target_modules=targets))
+    adapted.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    tokens = work.tokens.to(work.device)
+
+    def step() -> float:
+        loss = adapted(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        return loss.item()
+
+    return step, [p for p in adapted.parameters() if p.requires_grad]
+
+
+def _set(model: nn.Module, name: str, work: Work) -> None:
+    """Put one synthetic tensor in its place; a quantised one in bitsandbytes' linear."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    path, _, leaf = name.rpartition(".")
+    module: Any = model.get_submodule(path)
+    if not work.weights.is_nf4(name):
+        setattr(module, leaf, nn.Parameter(work.weights.read(name, work.device), requires_grad=False))
+        return
+    stored = work.weights.read_nf4(name, work.device).to_state("weight", work.dtype)
+    linear = Linear4bit(
+        module.in_features, module.out_features, module.bias is not None, work.dtype, quant_type="nf4", device="meta"
+    )
+    linear.weight = Params4bit.from_prequantized(stored.pop("weight"), stored, requires_grad=False, device=work.device)
+    linear.bias = module.bias
+    model.set_submodule(path, linear)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,65 @@
+"""Where streamed layers wait: in host memory, pinned where the card allows it, or in the store on disk."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from effitrain.core.layout import Layout
+from effitrain.stream.pinned import pinned_empty
+
+
+class LayerSource(Protocol):
+    """Gives the bytes of whole layers."""
+
+    def layout(self, layer: int) -> Layout:
+        """How the bytes of ``layer`` are laid out."""
+
+    def read_into(self, layer: int, target: Tensor) -> None:
+        """Write the bytes of ``layer`` into the host tensor ``target`` [layout.nbytes] uint8."""
+
+    def read_ahead(self, layer: int) -> None:
+        """``layer`` will be asked for soon."""
+
+
+class HostLayers:
+    """The layers of ``held`` in host memory, all others still in ``source``.
+
+    Args:
+        source: of the bytes.
+        held: layers to read into memory now.
+        device: that they will visit.
+        progress: told every layer that is read.
+
+    Attributes:
+        blobs: the layers in memory.
+        pageable: those of them that the system refused to pin: each copy takes a detour through a pinned buffer.
+    """
+
+    def __init__(
+        self,
+        source: LayerSource,
+        held: tuple[int, ...],
+        device: torch.device,
+        progress: Callable[[int], None] = lambda layer: None,
+    ):
+        self.source = source
+        self.blobs: dict[int, Tensor] = {}
+        for layer in held:
+            blob = pinned_empty((source.layout(layer).nbytes,), torch.uint8, device)
+            source.read_into(layer, blob)
+            self.blobs[layer] = blob
+            progress(layer)
+        pageable = [layer for layer, blob in self.blobs.items() if device.type == "cuda" and not blob.is_pinned()]
+        self.pageable = frozenset(pageable)
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory taken."""
+        return sum(blob.nbytes for blob in self.blobs.values())
+
+    def read_ahead(self, layer: int) -> None:
+        """``layer`` will be asked for soon: have the system read it when it is on disk."""
+        if layer not in self.blobs:
+            self.source.read_ahead(layer)

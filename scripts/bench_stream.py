@@ -1,0 +1,176 @@
+"""Streamed training against resident, on a CPU with a link as slow as asked: what the schedule hides, and what
+layer-major accumulation saves.
+
+    OMP_NUM_THREADS=1 python scripts/bench_stream.py --out benchmarks/stream.json
+
+One thread computes, one copies. The model is a random Llama in NF4; the resident side recomputes each layer too. First
+the forward pass of a layer is timed; then the link is made so slow that copying a layer takes a share of that:
+
+- at 0.8 the copies should hide: a step takes at most 1.15 times the resident one;
+- at 3 they cannot: with 4 micro-batches all passing a layer before the next is fetched, a step is at least twice as
+  fast as with one micro-batch after the other. "orders" takes 3 times a layer's forward pass for the step's tokens,
+  "orders_of_one" 3 times that for one micro-batch, where computing the step takes longer than copying it and bounds
+  the gain: with a backward pass of b times the forward it is 24 / (4 + 4 b) at best.
+
+Sides take turns and medians over the repeats are reported, so that other programs' load meets all of them.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from effitrain.adapters.attach import attach
+from effitrain.adapters.base import AdapterConfig, Clock
+from effitrain.core.spec import spec_from_config
+from effitrain.data.batches import MicroBatch
+from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
+from effitrain.model.decoder import Decoder, build
+from effitrain.model.load import fill, stream
+from effitrain.stream.fresh import FreshLayers
+from effitrain.stream.placement import Placement, place
+from effitrain.train.loop import accumulate
+
+CPU = torch.device("cpu")
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 500,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+ORDERS = {"micro-batch": False, "layer": True}
+
+
+class Side:
+    """A model with adapters that takes steps and times them."""
+
+    def __init__(self, layers: int, placement: Placement | None = None, bytes_per_second: float | None = None):
+        config = {**CONFIG, "num_hidden_layers": layers}
+        spec = spec_from_config(config, "bench")
+        weights = SyntheticCheckpoint(shapes_of(spec), 0, True, torch.float32)
+        self.decoder: Decoder = build(spec, config, "bench")
+        fill(self.decoder, weights, "nf4", torch.float32, CPU, streamed=placement.streamed if placement else ())
+        if placement:
+            source = FreshLayers(spec, weights, "nf4", "fp32")
+            stream(self.decoder, source, placement, CPU, bytes_per_second=bytes_per_second)
+        self.decoder.set_recompute("layer")
+        self.clock = Clock()
+        attach(self.decoder, AdapterConfig(), self.clock)
+        self.seconds: list[float] = []
+
+    def step(self, micro: list[MicroBatch], by_layer: bool = False) -> float:
+        """The loss; its time is noted."""
+        started = time.perf_counter()
+        loss = accumulate(self.decoder, micro, self.clock, (), by_layer)
+        self.seconds.append(time.perf_counter() - started)
+        for parameter in self.decoder.parameters():
+            parameter.grad = None
+        return loss
+
+    @property
+    def median(self) -> float:
+        """Seconds of a step; the first one warms up."""
+        return statistics.median(self.seconds[1:])
+
+
+def micro_batch(tokens: int, seed: int) -> MicroBatch:
+    """One sample of random tokens, every one trained."""
+    ids = torch.randint(0, CONFIG["vocab_size"], (tokens,), generator=torch.Generator().manual_seed(seed))
+    places = torch.arange(tokens)
+    return MicroBatch(ids, ids.roll(-1), places, (tokens,), places, 1)
+
+
+def forward_seconds(side: Side, batch: MicroBatch) -> float:
+    """Of one layer's forward pass, the median of several."""
+    found = []
+    with torch.no_grad():
+        for _ in range(7):
+            started = time.perf_counter()
+            side.decoder(batch.input_ids, batch.position_ids, batch.segments)
+            found.append((time.perf_counter() - started) / len(side.decoder.layers))
+    return statistics.median(found)
+
+
+def hidden(args: argparse.Namespace, share: float) -> dict:
+    """Streamed against resident, with copies that take ``share`` of a layer's forward pass."""
+    batch, resident = micro_batch(args.tokens, 0), Side(args.layers)
+    forward = forward_seconds(resident, batch)
+    streamed = Side(args.layers, place(args.layers, 0, args.slots), _speed(args, forward * share))
+    losses = set()
+    for _ in range(args.repeats + 1):
+        losses |= {resident.step([batch]), streamed.step([batch])}
+    traffic = streamed.decoder.streamer.traffic  # type: ignore[union-attr]
+    return {
+        "copy_over_forward": share,
+        "layer_forward_seconds": forward,
+        "resident_step_seconds": resident.median,
+        "streamed_step_seconds": streamed.median,
+        "ratio": streamed.median / resident.median,
+        "hidden_share": traffic.hidden_share,
+        "equal_losses": len(losses) == 1,
+    }
+
+
+def orders(args: argparse.Namespace, share: float, micro: int, timed: int) -> dict:
+    """Layer-major against micro-batch order with ``micro`` micro-batches, with copies that take ``share`` of a layer's
+    forward pass for ``timed`` of them.
+    """
+    batches = [micro_batch(args.tokens, seed) for seed in range(micro)]
+    forward = timed * forward_seconds(Side(args.layers), batches[0])
+    speed, placement = _speed(args, forward * share), place(args.layers, 0, args.slots)
+    sides = {order: Side(args.layers, placement, speed) for order in ORDERS}
+    losses = set()
+    for _ in range(args.repeats + 1):
+        losses |= {sides[order].step(batches, by_layer) for order, by_layer in ORDERS.items()}
+    seconds = {order: side.median for order, side in sides.items()}
+    return {
+        "copy_over_forward": share,
+        "micro_batches": micro,
+        "step_seconds": seconds,
+        "speedup": seconds["micro-batch"] / seconds["layer"],
+        "equal_losses": len(losses) == 1,
+    }
+
+
+def _speed(args: argparse.Namespace, seconds: float) -> float:
+    """Bytes a second that make a layer's copy take ``seconds``."""
+    side = Side(1, place(1, 0, 1))
+    return side.decoder.streamer.host.source.layout(0).nbytes / seconds  # type: ignore[union-attr]
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    report = {
+        "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__},
+        "load_before": os.getloadavg()[0],
+        "model": {**CONFIG, "num_hidden_layers": args.layers, "tokens": args.tokens, "slots": args.slots},
+        "hidden": hidden(args, 0.8),
+        "orders": orders(args, 3.0, 4, 4),
+        "orders_of_one": orders(args, 3.0, 4, 1),
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

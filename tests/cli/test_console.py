@@ -1,0 +1,67 @@
+"""What a run shows: a bar on a terminal, a few lines in a log, each at once and none beyond the width of a terminal."""
+
+import io
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+from tqdm import tqdm
+
+from effitrain.cli.console import Console
+from effitrain.train.hooks import StepRecord
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """``streams(kind)``: stdout and stderr replaced by two of that kind."""
+
+    def replace(kind):
+        out, err = kind(), kind()
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        return out, err
+
+    return replace
+
+
+def train(steps, done=0):
+    console = Console()
+    for layer in range(3):
+        console.loaded(f"model.layers.{layer}", 3)
+    console.training(done, steps)
+    for step in range(done + 1, steps + 1):
+        console.step(StepRecord(step, 1.25, 1e-3, 0.5, 4096, 12345.6, 3 * 2**30))
+    console.close()
+
+
+@pytest.mark.parametrize("steps,done,lines", [(250, 0, 10), (250, 100, 6), (3, 0, 3), (12, 11, 1), (7, 7, 0)])
+def test_a_log_gets_a_line_every_tenth_and_no_bar(streams, steps, done, lines):
+    out, err = streams(io.StringIO)
+    train(steps, done)
+    told = out.getvalue().splitlines()
+    assert len(told) == lines and not err.getvalue()
+    if lines:
+        assert told[-1] == f"Step {steps} of {steps}: loss 1.250, 12,346 tok/s, 3.0 GiB"
+
+
+def test_a_terminal_gets_one_bar_that_fits_it(streams, monkeypatch):
+    monkeypatch.setattr("effitrain.cli.console.tqdm", partial(tqdm, ncols=80))
+    out, err = streams(Terminal)
+    train(250)
+    shown = [part for part in err.getvalue().replace("\n", "\r").split("\r") if part.strip()]
+    assert not out.getvalue() and all(len(part) <= 80 for part in shown)
+    assert "250/250" in shown[-1] and "loss 1.250, 12,346 tok/s, 3.0 GiB" in shown[-1]
+
+
+def test_notes_reach_a_pipe_at_once(streams):
+    flushed = []
+    pipe, _ = streams(io.StringIO)
+    pipe.flush = lambda: flushed.append(pipe.getvalue())
+    Console().evaluated("before", SimpleNamespace(loss=1.0, perplexity=2.718))
+    assert flushed[-1:] == ["Evaluation loss before: 1.0000 (perplexity 2.72)\n"]

@@ -1,0 +1,185 @@
+"""A streamed step against the resident one with the same recomputation: the same bits, under any delay, and exactly the
+copies of the schedule.
+"""
+
+import random
+from functools import cache
+
+import pytest
+import torch
+
+from effitrain.stream.engine import Engine
+from effitrain.stream.placement import place
+
+LAYERS = 5
+FAMILIES = ("llama", "mistral", "qwen3", "qwen2")
+TARGETS = (None, ("q_proj", "down_proj"), ("lm_head",), ("down_proj", "lm_head"))
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+@pytest.fixture(scope="module")
+def resident(tiny_model, trial, micro_batches):
+    """``resident(...)``: folder and result of the resident step."""
+
+    @cache
+    def of(family, quant="nf4", targets=None, dropout=0.0, count=3, dtype="fp32"):
+        folder = tiny_model(family, layers=LAYERS)
+        made = trial(folder, None, quant, dtype, targets=targets, dropout=dropout)
+        return folder, made.step(micro_batches(count))
+
+    return of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_any_number_of_resident_layers(resident, trial, micro_batches, family, slots):
+    folder, expected = resident(family)
+    assert all(grad.any() for grad in expected)
+    for count in range(LAYERS + 1):
+        streamed = trial(folder, place(LAYERS, count, slots))
+        for by_layer in (False, True):
+            assert equal(streamed.step(micro_batches(), by_layer), expected)
+
+
+def seeds(short, long):
+    return [pytest.param(range(short), id=f"{short}"), pytest.param(range(long), id=f"{long}", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("chosen", seeds(20, 200))
+def test_random_models_placements_and_delays(resident, trial, micro_batches, sleepy, chosen):
+    for seed in chosen:
+        rng = random.Random(seed)
+        settings = {
+            "family": rng.choice(FAMILIES),
+            "quant": rng.choice(["nf4", "none"]),
+            "targets": rng.choice(TARGETS),
+            "dropout": rng.choice([0.0, 0.2]),
+            "count": rng.choice([1, 2, 4]),
+            "dtype": rng.choice(["fp32", "bf16"]),
+        }
+        folder, expected = resident(**settings)
+        count = settings.pop("count")
+        del settings["family"]
+        placement = place(LAYERS, rng.randrange(LAYERS), rng.choice([1, 2, 3]))
+        streamed = sleepy(trial(folder, placement, **settings), seed)
+        for by_layer in (False, True, False):
+            assert equal(streamed.step(micro_batches(count), by_layer), expected), (seed, settings, placement, by_layer)
+
+
+def early(engine, copy):
+    """A guard broken on purpose: a slot is given away one use too early."""
+    return copy.after - 1 <= engine._freed
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_a_slot_released_early_is_caught_and_would_be_wrong(resident, trial, micro_batches, sleepy, monkeypatch, slots):
+    folder, expected = resident("llama")
+    monkeypatch.setattr(Engine, "_may_begin", early)
+    for seed in range(3):
+        broken = sleepy(trial(folder, place(LAYERS, 0, slots)), seed)
+        with pytest.raises(RuntimeError, match=r"is not ready|was overwritten while in use"):
+            broken.step(micro_batches())
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_check", lambda *args: None)
+        assert not equal(sleepy(trial(folder, place(LAYERS, 0, slots)), 0).step(micro_batches()), expected)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 2])
+def test_bytes_copied_are_those_of_the_plan(resident, trial, micro_batches, slots, count):
+    folder, _ = resident("llama")
+    streamed = trial(folder, place(LAYERS, count, slots))
+    streamer, S = streamed.decoder.streamer, LAYERS - count
+    blob, missing = streamer.host.source.layout(0).nbytes, S - min(S, slots)
+    copies = 0
+    for step in range(4):
+        streamed.step(micro_batches(3))
+        copies += 6 * missing if step else S + 5 * missing
+        assert (streamer.traffic.copies, streamer.traffic.bytes_copied) == (copies, copies * blob)
+    for _ in range(2):
+        streamed.step(micro_batches(3), by_layer=True)
+        copies += 2 * missing
+        assert streamer.traffic.bytes_copied == copies * blob
+
+
+def test_weights_are_only_there_while_held(resident, trial):
+    folder, _ = resident("llama")
+    streamed = trial(folder, place(LAYERS, 1, 2))
+    streamer = streamed.decoder.streamer
+    layer = next(iter(streamer.linears))
+    linear = streamer.linears[layer][0]
+    x = torch.randn(1, 3, linear.in_features)
+    with pytest.raises(RuntimeError, match="before its weight was loaded"):
+        linear.matmul(x)
+    streamer.begin_pass()
+    with streamer.hold(layer):
+        linear.matmul(x)
+    with pytest.raises(RuntimeError, match="before its weight was loaded"):
+        linear.matmul(x)
+    with pytest.raises(RuntimeError, match=f"layer {layer} is used where the schedule has"), streamer.hold(layer):
+        pass
+
+
+def test_what_waits_on_the_host_is_never_written(resident, trial, micro_batches):
+    folder, _ = resident("llama")
+    streamed = trial(folder, place(LAYERS, 0, 2))
+    blobs = streamed.decoder.streamer.host.blobs
+    before = {layer: blob.clone() for layer, blob in blobs.items()}
+    for blob in blobs.values():
+        blob.numpy().flags.writeable = False
+    streamed.step(micro_batches())
+    assert all(torch.equal(before[layer], blob) for layer, blob in blobs.items())
+
+
+def test_a_failing_copy_is_told_and_the_next_pass_starts_afresh(resident, trial, micro_batches):
+    folder, expected = resident("llama")
+    streamed = trial(folder, place(LAYERS, 0, 2))
+    mover = streamed.decoder.streamer.engine.mover
+    move, calls = mover.move, []
+
+    def failing(layer, slot):
+        calls.append(layer)
+        if len(calls) == 4:
+            raise OSError("the disk is gone")
+        return move(layer, slot)
+
+    mover.move = failing
+    with pytest.raises(OSError, match="the disk is gone"):
+        streamed.step(micro_batches())
+    assert equal(streamed.step(micro_batches()), expected)
+
+
+def test_a_step_that_stops_half_way_leaves_no_trace(resident, trial, micro_batches):
+    folder, expected = resident("llama")
+    streamed = trial(folder, place(LAYERS, 1, 2))
+    layer = streamed.decoder.layers[3]
+    handle = layer.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        streamed.step(micro_batches())
+    handle.remove()
+    assert equal(streamed.step(micro_batches()), expected)
+
+
+def test_evaluation_streams_too(resident, trial, micro_batches):
+    folder, _ = resident("llama")
+    whole, streamed = trial(folder), trial(folder, place(LAYERS, 1, 2))
+    batch = micro_batches()[0]
+    with torch.no_grad():
+        a, b = (t.decoder.eval()(batch.input_ids, batch.position_ids, batch.segments) for t in (whole, streamed))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_a_real_model(data_dir, trial, micro_batches, sleepy, slots, quant):
+    folder = data_dir / "models" / "stories3M"
+    whole = trial(folder, None, quant)
+    layers, batches = len(whole.decoder.layers), micro_batches(2, vocab=100)
+    expected = whole.step(batches)
+    for count in range(0, layers, 2):
+        streamed = sleepy(trial(folder, place(layers, count, slots), quant), count)
+        for by_layer in (False, True):
+            assert equal(streamed.step(batches, by_layer), expected)
