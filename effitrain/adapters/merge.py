@@ -4,8 +4,6 @@ Merging into NF4 would throw most of a small update away; the result is always a
 """
 
 import json
-import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +15,8 @@ from effitrain.core.errors import InputError
 from effitrain.core.spec import ModelSpec
 from effitrain.io.atomic import atomic_folder, write_json
 from effitrain.io.checkpoint import Checkpoint
-from effitrain.io.writer import stream_safetensors
-
-SHARD_BYTES = 5 * 10**9  # the size transformers writes, so that other tools meet what they know
-_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
+from effitrain.io.model_folder import copy_companions
+from effitrain.io.writer import SHARD_BYTES, write_shards
 
 
 def check_fits(spec: ModelSpec, bundle: AdapterBundle) -> None:
@@ -75,39 +71,10 @@ def merge(
     if "lm_head" in bundle.tensors and "lm_head.weight" not in names:
         names.append("lm_head.weight")  # an adapted head is no longer the tied embedding
     with atomic_folder(target) as tmp:
-        index = _write_shards(tmp, weights, bundle, names, dtype, shard_bytes, progress)
-        if len(set(index.values())) > 1:
-            total = sum(path.stat().st_size for path in tmp.glob("*.safetensors"))
-            write_json(tmp / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-        _copy_companions(source, tmp, dtype, untie="lm_head" in bundle.tensors)
-
-
-def _write_shards(
-    folder: Path,
-    weights: Checkpoint,
-    bundle: AdapterBundle,
-    names: list[str],
-    dtype: torch.dtype,
-    shard_bytes: int,
-    progress: Callable[[str], None],
-) -> dict[str, str]:
-    """Write the tensors in order, a new file whenever one is full; the file of every tensor."""
-    files: list[list[str]] = [[]]
-    size = 0
-    for name in names:
-        nbytes = math.prod(weights.shape(name)) * dtype.itemsize
-        if files[-1] and size + nbytes > shard_bytes:
-            files.append([])
-            size = 0
-        files[-1].append(name)
-        size += nbytes
-    index = {}
-    for number, members in enumerate(files, 1):
-        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        layout = {name: (dtype, tuple(weights.shape(name))) for name in members}
-        stream_safetensors(folder / file, layout, lambda name: _merged(weights, bundle, name, dtype, progress))
-        index.update(dict.fromkeys(members, file))
-    return index
+        layout = {name: (dtype, tuple(weights.shape(name))) for name in names}
+        write_shards(tmp, layout, lambda name: _merged(weights, bundle, name, dtype, progress), shard_bytes)
+        copy_companions(source, tmp)
+        _write_config(source, tmp, dtype, untie="lm_head" in bundle.tensors)
 
 
 def _merged(
@@ -122,11 +89,7 @@ def _merged(
     return tensor.to(dtype)
 
 
-def _copy_companions(source: Path, target: Path, dtype: torch.dtype, untie: bool) -> None:
-    for pattern in _COMPANIONS:
-        for path in source.glob(pattern):
-            if not path.name.endswith(".index.json"):
-                shutil.copyfile(path, target / path.name)
+def _write_config(source: Path, target: Path, dtype: torch.dtype, untie: bool) -> None:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

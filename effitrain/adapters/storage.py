@@ -19,7 +19,7 @@ from effitrain.adapters.base import Adapter, AdapterConfig
 from effitrain.core.errors import InputError
 from effitrain.io.atomic import atomic_folder, write_json, write_safetensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 _PREFIX = "base_model.model."
 
 
@@ -39,7 +39,11 @@ class AdapterBundle:
 
 
 def save_adapter(
-    folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], config: AdapterConfig, base_model: str
+    folder: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    config: AdapterConfig,
+    base_model: str,
+    base_fingerprint: str | None = None,
 ) -> None:
     """Write an adapter to ``folder``, complete or not at all; one already there is replaced.
 
@@ -48,6 +52,7 @@ def save_adapter(
         factors: L [out, r] and R [r, in] by module path, saved as lora_B and lora_A: any low-rank kind loads as LoRA.
         config: rank and scale, the same for all.
         base_model: written down for whoever loads it.
+        base_fingerprint: of the base's weights, in a file ``base.json`` where it is known.
     """
     tensors: dict[str, Tensor] = {}
     for path, (left, right) in factors.items():
@@ -56,6 +61,8 @@ def save_adapter(
     with atomic_folder(folder) as tmp:
         write_safetensors(tmp / WEIGHTS, tensors, {"format": "pt"})
         write_json(tmp / CONFIG, _peft_config(list(factors), config, base_model))
+        if base_fingerprint:  # peft warns of keys in its own file that it does not know
+            write_json(tmp / BASE, {"name": base_model, "fingerprint": base_fingerprint})
 
 
 def adapter_folder(path: str) -> Path:

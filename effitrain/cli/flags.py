@@ -56,7 +56,7 @@ def _help(field: FieldInfo) -> str:
 
 def _metavar(name: str, field: FieldInfo) -> str:
     if name in LATER_VALUES and name == "fit":
-        return "auto|resident"
+        return "auto|resident|prune"
     kind = _bare(field.annotation)
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))

@@ -3,15 +3,13 @@
 import importlib
 import os
 import sys
-from typing import Any
 
 import click
 
 from effitrain.cli.flags import unknown_option_hint
 from effitrain.core.errors import EffitrainError
 
-VERBS = ("plan", "run", "eval", "chat", "export", "store", "doctor", "bench")
-_LATER_VERBS = {"prune": "pruning", "recover": "pruning"}
+VERBS = ("plan", "run", "prune", "recover", "eval", "chat", "export", "store", "doctor", "bench")
 
 
 class _Verbs(click.Group):
@@ -26,11 +24,6 @@ class _Verbs(click.Group):
         module = importlib.import_module(f"effitrain.cli.{name}")
         command: click.Command = module.command
         return command
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] in _LATER_VERBS:
-            ctx.fail(f"{args[0]!r} belongs to {_LATER_VERBS[args[0]]}, which this version does not have yet.")
-        return super().resolve_command(ctx, args)
 
 
 @click.group(

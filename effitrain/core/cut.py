@@ -7,6 +7,7 @@ import math
 from fractions import Fraction
 
 from effitrain.core.errors import InputError
+from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec, Widths
 
 PARTS = ("ffn+kv", "ffn", "kv")
@@ -66,6 +67,17 @@ def cut_widths(
         )
         for index, whole in enumerate(spec.widths)
     )
+
+
+def small_spec(spec: ModelSpec, recipe: Recipe) -> ModelSpec:
+    """The shape of the small model that ``recipe`` asks for.
+
+    Raises:
+        InputError: it names no ratio, or one that cannot be.
+    """
+    if recipe.prune_ratio is None:
+        raise InputError("--fit prune needs a ratio.", next_step="Try --prune-ratio 0.5.")
+    return cut_spec(spec, recipe.prune_ratio, recipe.prune_parts, recipe.prune_exempt, recipe.prune_round)
 
 
 def default_exempt(layers: int) -> tuple[int, int]:

@@ -16,11 +16,6 @@ from effitrain.core.units import parse_bytes
 # Flags of the published command line whose feature this version does not have yet, and that feature.
 LATER = {
     "mlp_tiles": "tiled MLPs for long context",
-    "prune_score": "pruning",
-    "prune_method": "pruning",
-    "prune_round": "pruning",
-    "align": "pruning",
-    "calib_dataset": "pruning",
     "lisa_layers": "LISA",
     "lisa_interval": "LISA",
     "lisa_state": "LISA",
@@ -34,6 +29,7 @@ LATER = {
 }
 # Values of --fit and --method that later versions bring.
 LATER_VALUES = {
+    "align": {"train": "Continued training of a small model"},
     "method": {
         "full": "Full fine-tuning",
         "lisa": "LISA",
@@ -188,10 +184,28 @@ class Recipe(BaseModel):
         None, "Share of the pruned parts that goes; the smallest that fits", group="pruning", ge=0, lt=1
     )
     prune_parts: Literal["ffn+kv", "ffn", "kv"] = _flag(
-        "ffn+kv", "What is pruned: FFN channels, KV groups", group="pruning"
+        "ffn+kv", "What is pruned: FFN channels, KV heads with their query heads", group="pruning"
+    )
+    prune_method: Literal["loram", "loraprune"] = _flag(
+        "loram", "loram: train small, infer large; loraprune: prune while training, for a small model", group="pruning"
+    )
+    prune_score: Literal["random", "magnitude", "wanda", "flap", "taylor"] = _flag(
+        "wanda", "What decides which channels and heads stay", group="pruning"
+    )
+    prune_round: Annotated[int | None, Auto] = _flag(
+        None, "Kept FFN channels are a multiple of N; 256 for large models", group="pruning", ge=1
     )
     prune_exempt: Annotated[tuple[int, int] | None, BeforeValidator(_pair), Auto] = _flag(
         None, "First and last layers left whole, e.g. 4,2; in proportion to 80", group="pruning"
+    )
+    align: Literal["none", "lsq", "train"] = _flag(
+        "lsq", "How the small model is brought closer to the full one", group="pruning"
+    )
+    calib_dataset: str | None = _flag(
+        None, "Text for scores and alignment; the training data when left out", group="pruning", min_length=1
+    )
+    small_model: str | None = _flag(
+        None, "A pruned folder to train on, instead of pruning now", group="pruning", min_length=1
     )
 
     def changed(self, **fields: Any) -> "Recipe":
@@ -210,6 +224,12 @@ class Recipe(BaseModel):
 
 # Fields that change where a run goes or how it is watched, never what it computes.
 RUNTIME_FIELDS = {"output_dir", "resume", "report_to", "save_every", "keep_checkpoints", "gpu_mem", "host_mem", "gpu"}
+
+# Fields that only a run that prunes reads.
+PRUNE_FIELDS = (
+    *("prune_ratio", "prune_parts", "prune_method", "prune_score", "prune_round", "prune_exempt"),
+    *("align", "calib_dataset", "small_model"),
+)
 
 
 def make_recipe(fields: dict[str, Any]) -> Recipe:
@@ -266,8 +286,16 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"--fit stream computes each layer again, and --recompute {recipe.recompute} does not."
     if recipe.resident_layers is not None and recipe.fit not in ("auto", "stream", "prune"):
         yield f"--resident-layers is for models that stream, and --fit is {recipe.fit}."
-    if recipe.prune_ratio is not None and recipe.fit not in ("auto", "prune"):
-        yield f"--prune-ratio is for --fit prune, and --fit is {recipe.fit}."
+    if recipe.prune_method == "loraprune":
+        for field in ("prune_score", "align", "calib_dataset", "small_model"):
+            if getattr(recipe, field) != Recipe.model_fields[field].default:
+                yield f"{_flag_name(field)} is for --prune-method loram; loraprune scores by its own gradients."
+        if recipe.method != "lora":
+            yield f"--prune-method loraprune reads the gradients of a LoRA, and --method is {recipe.method}."
+    if recipe.fit not in ("auto", "prune"):
+        for field in PRUNE_FIELDS:
+            if getattr(recipe, field) != Recipe.model_fields[field].default:
+                yield f"{_flag_name(field)} {getattr(recipe, field)} is for --fit prune, and --fit is {recipe.fit}."
 
 
 def _unknown(key: str) -> str:

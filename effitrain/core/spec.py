@@ -21,6 +21,9 @@ class Axis(StrEnum):
     RANK = "rank"
 
 
+PRUNABLE = frozenset({Axis.HEADS, Axis.KV_HEADS, Axis.FFN})
+
+
 @dataclass(frozen=True)
 class LinearSpec:
     """One linear ``y = x W^T (+ b)`` with W ``[out_features, in_features]``; ``name`` is its path inside the layer."""
@@ -183,6 +186,7 @@ _FAMILIES = {
     "gemma": _Family(qkv_bias="attention_bias", o_bias="attention_bias", head_dim=256, tied=True),
 }
 HANDLED = "Llama, Mistral, Qwen2, Qwen2.5, Qwen3 and Gemma (first version), dense"
+WIDTHS_KEY = "effitrain_widths"
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
           "max_position_embeddings")  # fmt: skip
@@ -203,7 +207,7 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     layers = tuple(LayerSpec(index, linears, norms) for index in range(sizes.pop("num_layers")))
     head = LinearSpec("lm_head", Axis.VOCAB, Axis.MODEL, sizes["vocab"], hidden, False)
     tied = config.get("tie_word_embeddings")
-    return ModelSpec(
+    spec = ModelSpec(
         name=name,
         family=config["model_type"],
         tied=family.tied if tied is None else bool(tied),
@@ -211,6 +215,42 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
         head=head,
         **sizes,
     )
+    return spec.resized(_widths(config[WIDTHS_KEY], spec)) if WIDTHS_KEY in config else spec
+
+
+def _widths(value: Any, spec: ModelSpec) -> list[Widths]:
+    """The widths that a pruned model's config.json lists layer by layer."""
+    try:
+        widths = [Widths(*pair) for pair in zip(value["ffn"], value["kv_heads"], strict=True)]
+        possible = all(
+            _is_size(w.ffn) and _is_size(w.kv_heads) and w.ffn <= spec.ffn and w.kv_heads <= spec.num_kv_heads
+            for w in widths
+        )
+    except (TypeError, KeyError, ValueError):
+        possible = False
+    if not possible or len(widths) != spec.num_layers:
+        raise InputError(
+            f"The {WIDTHS_KEY} of {spec.name} do not go with its {spec.num_layers} layers of {spec.ffn} FFN channels"
+            f" and {spec.num_kv_heads} KV heads.",
+            "Its config.json was changed by hand or is of another model.",
+            "Prune the model again.",
+        )
+    return widths
+
+
+def pruned_config(config: Mapping[str, Any], small: ModelSpec) -> dict[str, Any]:
+    """The config.json of ``small``, cut from the model of ``config``: transformers' own sizes where all layers have the
+    same, else the full ones and a list of widths by layer, which only this project reads.
+    """
+    widths, group = small.widths, small.num_heads // small.num_kv_heads
+    sizes: dict[str, Any] = {"head_dim": small.head_dim}  # what hidden_size / heads gives is wrong after pruning
+    if len(set(widths)) == 1:
+        sizes["intermediate_size"] = widths[0].ffn
+        sizes["num_key_value_heads"] = widths[0].kv_heads
+        sizes["num_attention_heads"] = group * widths[0].kv_heads
+    else:
+        sizes[WIDTHS_KEY] = {"ffn": [w.ffn for w in widths], "kv_heads": [w.kv_heads for w in widths]}
+    return {**{key: value for key, value in config.items() if key != WIDTHS_KEY}, **sizes}
 
 
 def _family(config: Mapping[str, Any], name: str) -> _Family:

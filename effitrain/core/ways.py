@@ -6,7 +6,7 @@ from typing import Literal
 
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.choices import Choice, Weights, best, list_choices
-from effitrain.core.cut import cut_spec
+from effitrain.core.cut import cut_spec, small_spec
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 
@@ -55,6 +55,9 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> list[Way]:
     Raises:
         InputError: the recipe's ratio or exempt layers leave nothing to prune.
     """
+    if recipe.prune_method == "loraprune" and recipe.fit == "prune":
+        small_spec(spec, recipe)
+        return [Way("prune", "resident", spec, recipe, budget, recipe.prune_ratio)]  # the whole model, masked
     can_stream = recipe.recompute in ("auto", "layer")
     ratios = PRUNE_RATIOS if recipe.prune_ratio is None else (recipe.prune_ratio,)
     resident = [Way("resident", "resident", spec, recipe, budget)] if recipe.resident_layers is None else []
@@ -62,7 +65,10 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> list[Way]:
     prune: list[Way] = []
     asked = recipe.fit == "prune" or recipe.prune_ratio is not None
     if asked or (recipe.fit == "auto" and spec.num_layers > 2):  # of two layers both are exempt
-        cut = {ratio: cut_spec(spec, ratio, recipe.prune_parts, recipe.prune_exempt) for ratio in ratios}
+        cut = {
+            ratio: cut_spec(spec, ratio, recipe.prune_parts, recipe.prune_exempt, recipe.prune_round)
+            for ratio in ratios
+        }
         kept: tuple[Weights, ...] = ("resident", "streamed") if can_stream else ("resident",)
         kept = kept if recipe.resident_layers is None else ("streamed",)
         prune = [Way("prune", weights, cut[ratio], recipe, budget, ratio) for weights in kept for ratio in ratios]

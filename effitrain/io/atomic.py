@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from errno import EDQUOT, EFBIG, ENOSPC
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,12 +119,12 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def remove_stale(parent: Path) -> None:
+def remove_stale(parent: Path, name: str | None = None) -> None:
     """Clear what killed writers left in ``parent``; a folder caught between its two names gets its own back.
 
-    No other process may be writing there.
+    No other process may be writing there, or, with ``name``, the folder of that name.
     """
-    for entry in parent.glob(".*"):
+    for entry in parent.glob(f".{escape(name)}.*" if name else ".*"):
         target = entry.with_name(entry.name[1:].removesuffix(_REPLACED))
         replaced = entry.name.endswith(_REPLACED)
         if replaced and not target.exists():

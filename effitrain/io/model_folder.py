@@ -5,6 +5,7 @@ Reads headers only, some kilobytes a file, and needs no torch.
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -14,6 +15,7 @@ from effitrain.core.errors import InputError
 from effitrain.core.units import format_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
 _NEXT = "Name a folder that holds config.json and model.safetensors, or its shards with their index."
 _AGAIN = "Get the file again."
 _MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
@@ -113,6 +115,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             _AGAIN,
         )
     return tensors
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what a model folder holds beside its weights: config, tokenizer, chat template."""
+    for pattern in _COMPANIONS:
+        for path in source.glob(pattern):
+            if not path.name.endswith(".index.json"):
+                shutil.copyfile(path, target / path.name)
 
 
 def on_disk(folder: Path) -> str:

@@ -10,7 +10,10 @@ from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
 from effitrain.io.atomic import write_json
 
-_OURS = ("report.json", "recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints", "adapter")
+_OURS = (
+    *("report.json", "recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints", "adapter"),
+    *("keep.safetensors", "small", "adapter-small"),
+)
 _ANOTHER = "Name another output folder with -o."
 
 

@@ -31,7 +31,7 @@ class SyntheticCheckpoint:
         shapes: of every tensor by name, as ``shapes_of`` gives them.
         seed: other seeds give other weights.
         nf4: make the decoder's linears in NF4 directly.
-        dtype: of all other weights.
+        dense_dtype: of all other weights.
         trusted: there is no need to look for NaN.
     """
 
@@ -40,7 +40,7 @@ class SyntheticCheckpoint:
     shapes: Mapping[str, tuple[int, ...]]
     seed: int
     nf4: bool
-    dtype: torch.dtype
+    dense_dtype: torch.dtype
 
     def names(self) -> list[str]:
         """Every weight."""
@@ -56,6 +56,10 @@ class SyntheticCheckpoint:
             raise InputError(f"The synthetic weights hold no tensor {name}.", "The model has another shape.")
         return self.shapes[name]
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of the weights that are not in NF4."""
+        return self.dense_dtype
+
     def is_nf4(self, name: str) -> bool:
         """Whether the weight is made in NF4: the matrices of the decoder's linears."""
         return self.nf4 and name.endswith("_proj.weight") and len(self.shape(name)) == 2
@@ -64,8 +68,8 @@ class SyntheticCheckpoint:
         """One weight on ``device``: ones for a norm, else uniform with standard deviation 0.02."""
         shape = self.shape(name)
         if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=self.dtype, device=device)
-        values = torch.empty(math.prod(shape), dtype=self.dtype, device=device)
+            return torch.ones(shape, dtype=self.dense_dtype, device=device)
+        values = torch.empty(math.prod(shape), dtype=self.dense_dtype, device=device)
         for start in range(0, len(values), _CHUNK // 4):
             chunk = values[start : start + _CHUNK // 4]
             # int32 over its whole range has the standard deviation 2**32 / sqrt(12).
@@ -90,7 +94,7 @@ class SyntheticCheckpoint:
     def fingerprint(self) -> str:
         """A hash of all that decides the bytes."""
         shapes = sorted((name, tuple(shape)) for name, shape in self.shapes.items())
-        return hashlib.sha256(repr((shapes, self.seed, self.nf4, str(self.dtype))).encode()).hexdigest()
+        return hashlib.sha256(repr((shapes, self.seed, self.nf4, str(self.dense_dtype))).encode()).hexdigest()
 
     def _all_bytes(self, name: str, count: int, device: torch.device | str) -> Tensor:
         data = torch.empty(count, dtype=torch.uint8, device=device)
@@ -111,7 +115,7 @@ class EmptyCheckpoint(SyntheticCheckpoint):
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One weight, uninitialised."""
-        return torch.empty(self.shape(name), dtype=self.dtype, device=device)
+        return torch.empty(self.shape(name), dtype=self.dense_dtype, device=device)
 
     def _all_bytes(self, name: str, count: int, device: torch.device | str) -> Tensor:
         return torch.empty(count, dtype=torch.uint8, device=device)

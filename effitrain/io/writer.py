@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from effitrain.io.atomic import write_json
+from effitrain.io.model_folder import INDEX, SINGLE
+
+SHARD_BYTES = 5 * 10**9  # the size transformers writes, so that other tools meet what they know
 _NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -19,9 +23,30 @@ _NAMES = {
 }
 
 
-def stream_safetensors(
-    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], read: Callable[[str], Tensor]
-) -> None:
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def write_shards(folder: Path, layout: Layout, read: Callable[[str], Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the tensors of ``layout`` as a model's safetensors, a new file whenever one is full, and their index."""
+    files: list[list[str]] = [[]]
+    size = total = 0
+    for name, (dtype, shape) in layout.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        if files[-1] and size + nbytes > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size, total = size + nbytes, total + nbytes
+    index = {}
+    for number, names in enumerate(files, 1):
+        file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        stream_safetensors(folder / file, {name: layout[name] for name in names}, read)
+        index.update(dict.fromkeys(names, file))
+    if len(files) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def stream_safetensors(path: Path, layout: Layout, read: Callable[[str], Tensor]) -> None:
     """Write the tensors of ``layout`` (dtype and shape by name) to ``path``, asking ``read`` for one after the other.
 
     The caller makes the file appear as a whole, by writing into an ``atomic_folder``.

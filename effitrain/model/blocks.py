@@ -85,8 +85,10 @@ class SelfAttention(nn.Module):
 
 
 def operands(kernel: str, x: Tensor, *projections: Any) -> list[Linear] | None:
-    """The projections as ``kernel`` takes them; None where it does not run on ``x`` or an adapter has another form."""
-    if not usable(kernel, x):
+    """The projections as ``kernel`` takes them; None where it does not run on ``x``, an adapter has another form, or
+    somebody watches or changes the output of one of them, which a kernel for the block never shows.
+    """
+    if not usable(kernel, x) or any(projection._forward_hooks for projection in projections):
         return None
     linears = [projection.as_linear() for projection in projections]
     return None if None in linears else linears

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effitrain.core.errors import InputError
-from effitrain.core.spec import LinearSpec, ModelSpec
+from effitrain.core.spec import PRUNABLE, LinearSpec, ModelSpec
 from effitrain.kernels.lora_mlp import lora_mlp
 from effitrain.kernels.swiglu import Activation, swiglu
 from effitrain.model import attention
@@ -236,8 +236,12 @@ def build(spec: ModelSpec, config: Mapping[str, Any], name: str) -> Decoder:
 
 def _replace(layer: nn.Module, linear: LinearSpec) -> None:
     stock = layer.get_submodule(linear.name)
-    assert isinstance(stock, nn.Linear) and (stock.out_features, stock.in_features) == (
-        linear.out_features,
-        linear.in_features,
+    # A pruned layer is narrower than what transformers builds; attention counts heads by the linears' sizes.
+    assert isinstance(stock, nn.Linear) and all(
+        side == whole or (axis in PRUNABLE and side < whole)
+        for side, whole, axis in (
+            (linear.out_features, stock.out_features, linear.out_axis),
+            (linear.in_features, stock.in_features, linear.in_axis),
+        )
     ), f"{linear.name}: the spec says {linear.out_features}x{linear.in_features}, transformers builds {stock}"
     layer.set_submodule(linear.name, FrozenLinear(linear))

@@ -245,21 +245,43 @@ def fill(
     head = decoder.lm_head
     assert isinstance(head, FrozenLinear)
     head.weight = embedding.weight.to(device) if spec.tied else dense("lm_head.weight", table)
-    for index, layer in enumerate(decoder.layers):
-        prefix = f"model.layers.{index}."
-        for linear in frozen_linears(layer):
-            name, shape = f"{prefix}{linear.spec.name}", (linear.out_features, linear.in_features)
-            if index not in streamed:
-                linear.weight = read_frozen(weights, f"{name}.weight", shape, quant, dtype, device)
-            if linear.spec.bias:
-                linear.bias = dense(f"{name}.bias", shape[:1])
-        _fill_parameters(layer, prefix, dense)
+    for index in range(len(decoder.layers)):
+        fill_layer(decoder, index, weights, quant, dtype, device, index in streamed)
         if index not in streamed:
-            progress(prefix.rstrip("."))
-    _fill_parameters(model.norm, "model.norm.", dense)  # type: ignore[arg-type]
-    rotary: Any = model.rotary_emb
-    model.rotary_emb = type(rotary)(config=decoder.config).to(device)  # its tables are computed, not stored
+            progress(f"model.layers.{index}")
+    fill_norm(decoder, weights, dtype, device)
     return decoder
+
+
+def fill_layer(
+    decoder: Decoder,
+    index: int,
+    weights: Weights,
+    quant: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    streamed: bool = False,
+) -> None:
+    """Give one layer, adapted or not, its weights; arguments and errors as for ``fill``."""
+
+    def dense(name: str, shape: tuple[int, ...]) -> Tensor:
+        return read_dense(weights, name, shape, dtype, device)
+
+    prefix, layer = f"model.layers.{index}.", decoder.layers[index]
+    for linear in frozen_linears(layer):
+        name, shape = f"{prefix}{linear.spec.name}", (linear.out_features, linear.in_features)
+        if not streamed:
+            linear.weight = read_frozen(weights, f"{name}.weight", shape, quant, dtype, device)
+        if linear.spec.bias:
+            linear.bias = dense(f"{name}.bias", shape[:1])
+    _fill_parameters(layer, prefix, dense)
+
+
+def fill_norm(decoder: Decoder, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the decoder its last norm and its rotary tables, which are computed and not stored."""
+    norm, rotary = (getattr(decoder.model, name) for name in ("norm", "rotary_emb"))
+    _fill_parameters(norm, "model.norm.", lambda name, shape: read_dense(weights, name, shape, dtype, device))
+    decoder.model.rotary_emb = type(rotary)(config=decoder.config).to(device)
 
 
 def _fill_parameters(module: nn.Module, prefix: str, dense: Callable[[str, tuple[int, ...]], Tensor]) -> None:

@@ -34,6 +34,7 @@ def write_report(
     measured_peak_bytes: int,
     stream: Mapping[str, Any] | None = None,
     timeline: Sequence[Span] = (),
+    prune: Mapping[str, Any] | None = None,
 ) -> Report:
     """Write the report of a finished run; report.json comes last, for it marks the run as finished.
 
@@ -47,6 +48,7 @@ def write_report(
         measured_peak_bytes: of the device.
         stream: what ``stream_figures`` says, where layers streamed.
         timeline: of the last streamed pass, in seconds.
+        prune: what pruning and recovery did, for a run that pruned.
     """
     scored = [loss for _, loss in evals]
     report = Report(
@@ -60,6 +62,8 @@ def write_report(
         memory=Memory(plan.budget_bytes, plan.peak_bytes, measured_peak_bytes, _peak_rss_bytes()),
         data=DataUse(data.samples, data.trained_share, data.truncated, data.dropped),
         versions=versions(),
+        prune=prune,
+        adapter="adapter" if (folder / "adapter").is_dir() else None,
         warnings=tuple(_warnings(plan, data, evals, measured_peak_bytes)),
         stream=stream,
     )

@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 
 from effitrain.core.errors import InputError, Interrupted
 from effitrain.io.atomic import write_text
@@ -65,7 +64,7 @@ class Checkpoints(Hook):
     def __init__(
         self,
         folder: Path,
-        trainable: Mapping[str, nn.Parameter],
+        trainable: Mapping[str, torch.Tensor],
         optimizer: torch.optim.Optimizer,
         every: int,
         keep: int,
@@ -113,6 +112,21 @@ class StopOnSignal(Hook):
             raise Interrupted(
                 f"Stopped after step {state.step}; saved {saved}.", next_step="The same command goes on from there."
             )
+
+
+class Calls(Hook):
+    """Calls functions of rooms that this one does not know."""
+
+    def __init__(self, after_backward: Callable[[], None], after_step: Callable[[int], None]):
+        self._after_backward, self._after_step = after_backward, after_step
+
+    def after_backward(self, state: TrainState) -> None:
+        """Call the first."""
+        self._after_backward()
+
+    def after_step(self, state: TrainState, record: StepRecord) -> None:
+        """Call the second with the steps done."""
+        self._after_step(state.step)
 
 
 class EveryN(Hook):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import Adapter, AdapterConfig, Clock
@@ -34,7 +33,7 @@ class Job:
     decoder: Decoder
     adapters: dict[str, Adapter]
     clock: Clock
-    trainable: dict[str, nn.Parameter]
+    trainable: dict[str, torch.Tensor]
     optimizer: torch.optim.Optimizer
     batches: Batches
     course: Course
@@ -68,7 +67,7 @@ def assemble(
     adapters = attach(decoder, AdapterConfig.of(recipe), clock)
     if recipe.init_adapter:
         load_into(adapters, read_adapter(adapter_folder(recipe.init_adapter)), recipe.init_adapter)
-    trainable = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+    trainable: dict[str, torch.Tensor] = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(chosen(recipe.optimizer), trainable.values(), chosen(recipe.lr), recipe.weight_decay)
     batches = make_batches(tokens, recipe)
     return Job(decoder, adapters, clock, trainable, optimizer, batches, _course(recipe, batches, by_layer))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from effitrain.core.errors import InputError
 from effitrain.io.atomic import atomic_folder, remove_folder, remove_stale, write_json, write_safetensors
@@ -41,7 +41,7 @@ class TrainState:
 def save_checkpoint(
     folder: Path,
     state: TrainState,
-    trainable: Mapping[str, nn.Parameter],
+    trainable: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     keep: int,
 ) -> Path:
@@ -51,7 +51,7 @@ def save_checkpoint(
         folder: of the checkpoints.
         state: step N.
         trainable: by name.
-        optimizer: its parameters in the order of ``trainable``.
+        optimizer: its parameters in the order of ``trainable``, which may hold more tensors behind them.
         keep: how many stay.
     """
     target = folder / f"step-{state.step}"
@@ -88,9 +88,7 @@ def check_checkpoint(folder: Path) -> None:
         raise InputError(f"{folder} is not a checkpoint: it has no state.json.", next_step="Name a folder step-N.")
 
 
-def load_checkpoint(
-    folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> TrainState:
+def load_checkpoint(folder: Path, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> TrainState:
     """Restore weights and optimizer in place from one checkpoint.
 
     Raises:

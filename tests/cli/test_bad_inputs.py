@@ -12,10 +12,9 @@ CONFIG = "model: tiny\n"
 # Name of a case: the command it gives, words that the message must hold.
 USAGE = {
     "no such verb": (lambda p: ["trian"], ("trian",)),
-    "verb of a later version": (lambda p: ["prune", "--model", "tiny"], ("prune", "this version")),
     "unknown flag": (lambda p: ["run", "--nonsense"], ("--nonsense",)),
     "misspelt flag": (lambda p: ["run", "--bach-size", "4"], ("--bach-size", "--batch-size")),
-    "flag of a later version": (lambda p: ["run", "--align", "lsq"], ("--align", "pruning")),
+    "flag of a later version": (lambda p: ["run", "--lisa-layers", "2"], ("--lisa-layers", "LISA")),
     "flag without a value": (lambda p: ["run", "--model"], ("--model", "argument")),
     "word that is no flag": (lambda p: ["run", "llama-70b"], ("llama-70b",)),
     "export of nothing": (lambda p: ["export", "--model", "tiny"], ("--adapter",)),

@@ -29,12 +29,18 @@ RUN = f"""
     --max-seq-len --batch-size --grad-accum --lr --schedule --warmup --epochs --max-steps --seed
     --weight-decay --max-grad-norm --optimizer
     --method --lora-r --lora-alpha --lora-dropout --lora-targets --lora-rslora --no-lora-rslora --init-adapter
+    --prune-method
+    --prune-ratio --prune-parts --prune-score --prune-round --prune-exempt --align --calib-dataset --small-model
 """
+PRUNE = "--prune-ratio --prune-parts --prune-score --prune-round --prune-exempt --align --calib-dataset"
 FLAGS = {
     "plan": f"{RUN} --prove --json",
     "run": f"{RUN} --prove --dry-run --json --quiet",
     "eval": f"{ADAPT} {DATA} --json",
     "chat": f"{ADAPT} --template --prompt --max-new-tokens --temperature",
+    "prune": f"{PRUNE} {DATA} --config --model --eval-dataset --eval-fraction --max-seq-len --seed --dtype"
+    " --output-dir -o",
+    "recover": "--model --output-dir -o --config --adapter --keep",
     "export": "--model --output-dir -o --config --adapter --to",
     "doctor": "",
     "store": "",
@@ -141,11 +147,20 @@ TRAINING = {
     "lora_rslora": True, "init_adapter": "finished",
 }  # fmt: skip
 FILES = {"output_dir": "elsewhere", "save_every": 4, "keep_checkpoints": 1, "eval_every": 1, "report_to": "wandb"}
-REFUSED = {"method": "loro", "resume": "nowhere"}
+PRUNING = {
+    "prune_ratio": 0.25, "prune_parts": "ffn", "prune_score": "magnitude", "prune_round": 32, "prune_exempt": (1, 0),
+    "align": "none", "calib_dataset": "other",
+}  # fmt: skip
+REFUSED = {
+    "prune_method": "loraprune",
+    "small_model": "nowhere",
+    "method": "loro",
+    "resume": "nowhere",
+}
 
 
 def test_every_field_has_its_place():
-    places = [*PLAN, *TOKENS, *TRAINING, *FILES, *REFUSED]
+    places = [*PLAN, *TOKENS, *TRAINING, *FILES, *PRUNING, *REFUSED]
     assert sorted(places) == sorted(Recipe.model_fields)
 
 
@@ -248,7 +263,24 @@ def test_fields_that_change_where_and_what_is_written(changed, ran, unchanged, m
     assert views[0] != views[1] or len(sent) == len(metrics)
 
 
+@pytest.mark.parametrize("field", PRUNING)
+def test_fields_that_change_the_small_model(base, changed, tmp_path, field):
+    from effitrain import api
+
+    pruned = {"fit": "prune", "prune_ratio": 0.5, "prune_exempt": (0, 0)}
+
+    def view(asked: Recipe, name: str) -> tuple[str, dict]:
+        folder = api.prune(asked.changed(output_dir=str(tmp_path / name)))
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        return digest, json.loads((folder / "config.json").read_text())
+
+    asked = changed("dataset", base["dataset"]).changed(**pruned)
+    value = str(Path(base["dataset"]).with_name("other.jsonl")) if field == "calib_dataset" else PRUNING[field]
+    assert view(asked, "before") != view(asked.changed(**{field: value}), "after")
+
+
 @pytest.mark.parametrize("field", REFUSED)
 def test_fields_that_are_refused(changed, ran, field):
     with pytest.raises(InputError, match=str(REFUSED[field])):
-        ran(changed(field, REFUSED[field]))
+        asked = {"fit": "prune", "prune_ratio": 0.5, "prune_exempt": (0, 0)} if field == "small_model" else {}
+        ran(changed("seed", 42).changed(**asked, **{field: REFUSED[field]}))

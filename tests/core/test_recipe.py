@@ -74,9 +74,9 @@ def test_a_bad_value_is_named_by_its_flag(field: str, value: object) -> None:
 
 def test_all_bad_fields_come_in_one_message() -> None:
     with pytest.raises(InputError) as caught:
-        make_recipe({"batch_size": 0, "lr": -1, "learning_rate": 3, "method": "lisa", "align": "lsq"})
+        make_recipe({"batch_size": 0, "lr": -1, "learning_rate": 3, "method": "lisa", "lisa_layers": 2})
     message = str(caught.value)
-    for part in ("--batch-size 0", "--lr -1", "Unknown key 'learning_rate'", "--method lisa", "--align"):
+    for part in ("--batch-size 0", "--lr -1", "Unknown key 'learning_rate'", "--method lisa", "--lisa-layers"):
         assert part in message
 
 

@@ -1,0 +1,221 @@
+"""A plan carried out: load, prune, probe, train, recover, save and report.
+
+``api.run`` decides what is done; here it happens, in the order in which it is read.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from effitrain.adapters.base import AdapterConfig
+from effitrain.core.budget import MemoryBudget
+from effitrain.core.cut import small_spec
+from effitrain.core.errors import InputError
+from effitrain.core.memory import SLOTS
+from effitrain.core.plan import Plan, for_tokens
+from effitrain.core.recipe import Recipe
+from effitrain.core.report import Report
+from effitrain.data.batches import Batches, longest
+from effitrain.data.prepare import PreparedData, prepare_data
+from effitrain.evals.events import Events
+from effitrain.evals.recovered import compare, facts
+from effitrain.evals.scores import Scores
+from effitrain.io.atomic import remove_stale
+from effitrain.io.keep import KEEP, write_keep
+from effitrain.io.run_folder import RunFolder
+from effitrain.model.decoder import Decoder
+from effitrain.model.load import Base
+from effitrain.pruning.calibration import calibrate
+from effitrain.pruning.loraprune import LoRAPrune
+from effitrain.pruning.recover import recover_adapter
+from effitrain.pruning.small import Small, make_small
+from effitrain.report.files import stream_figures, write_report
+from effitrain.stream.engine import Span, Traffic
+from effitrain.stream.placement import Placement, place
+from effitrain.train.hooks import (
+    Calls,
+    Checkpoints,
+    EveryN,
+    Hook,
+    Listener,
+    MetricsFile,
+    StopOnSignal,
+    Tracker,
+)
+from effitrain.train.job import Job, assemble, chosen, make_batches, resume, save_and_reload
+from effitrain.train.loop import train
+from effitrain.train.memory import Meter, cap_memory
+from effitrain.train.probe import OverBudget, probe
+from effitrain.train.state import TrainState, checkpoints
+
+
+def carry_out(
+    recipe: Recipe, folder: RunFolder, the_plan: Plan, budget: MemoryBudget, base: Base, events: Events
+) -> Report:
+    """Load, (prune), probe, train, (recover), save and report what the plan says."""
+    remove_stale(folder.path)
+    pruning = recipe.prune_method if the_plan.fit == "prune" else None
+    base = base.to_stream() if the_plan.settings.streamed and not pruning else base.fetched()
+    data = prepare_data(recipe, base.tokenizer(), chosen(recipe.max_seq_len))
+    folder = _same_inputs(folder, data=data.fingerprint, model=base.fingerprint())
+    events.data(data)
+    device = torch.device(budget.device)
+    meter = Meter(device)
+    cap(device, the_plan)
+    small = _make_small(recipe, base, data, device, folder, events) if pruning == "loram" else None
+    trained_on, adapter = (small.base, "adapter-small") if small else (base, "adapter")
+    trained = _train(recipe, the_plan, meter, folder, trained_on, data, events, adapter)
+    pruned, points = None, trained.points
+    if small:
+        bundle = recover_adapter(folder.path / adapter, small.keep, base, folder.path / "adapter")
+        batches = make_batches(data.eval, recipe)
+        pruned, points = compare(recipe, base, device, batches, bundle, points, events.evaluated)
+    elif pruning:
+        pruned = facts(recipe, points, [])
+    the_plan = for_tokens(the_plan, trained_on.spec, recipe, budget, trained.longest)
+    seen = (data.stats, points, meter.peak(), trained.stream, trained.timeline, pruned)
+    return write_report(folder.path, recipe, the_plan, trained.state, *seen)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where training ended, tokens of the longest micro-batch, losses on the evaluation set by step, and what streaming
+    did.
+    """
+
+    state: TrainState
+    longest: int
+    points: list[tuple[int, float]]
+    stream: Mapping[str, Any] | None
+    timeline: Sequence[Span]
+
+
+def _train(
+    recipe: Recipe, the_plan: Plan, meter: Meter, folder: RunFolder, base: Base, data: PreparedData, events: Events,
+    adapter: str,
+) -> Trained:  # fmt: skip
+    """Train, and save the adapter or what LoRAPrune leaves."""
+    job = assemble(
+        recipe,
+        base,
+        data.train,
+        meter.device,
+        lambda part: events.loaded(part, base.spec.num_layers),
+        placement_of(the_plan),
+        the_plan.settings.by_layer,
+        events.stored,
+    )
+    for warning in _pageable(job.decoder):
+        events.note(warning)
+    pruner = None
+    if the_plan.fit == "prune" and recipe.prune_method == "loraprune":
+        pruner = LoRAPrune(job.decoder, job.adapters, small_spec(base.spec, recipe).widths, job.course.steps)
+        job.trainable.update(pruner.state())
+    evaluated = make_batches(data.eval, recipe)
+    tokens = _prove_budget(job, the_plan, meter, evaluated)
+
+    checkpoint_folder = folder.path / "checkpoints"
+    state = resume(recipe, checkpoint_folder, job, events.note)
+    scores = Scores(job.decoder, evaluated, folder, state, events.evaluated)
+    if not scores.points:
+        scores.add("before")
+    every = recipe.save_every or max(1, job.course.steps // 10)
+    saver = Checkpoints(
+        checkpoint_folder, job.trainable, job.optimizer, every, recipe.keep_checkpoints, job.course.steps
+    )
+    with StopOnSignal(saver) as stop:
+        events.training(state.step, job.course.steps)
+        hooks = [*_watchers(recipe, folder, state, scores, events), saver, stop]
+        if pruner:
+            hooks.insert(0, Calls(pruner.after_backward, pruner.after_step))
+        before = _traffic(job.decoder)
+        train(job.decoder, job.batches, job.optimizer, job.course, state, job.clock, hooks, meter.peak)
+        after = _traffic(job.decoder)
+        timeline = job.decoder.streamer.engine.timeline() if job.decoder.streamer else []
+    if pruner:
+        pruner.write(base, AdapterConfig.of(recipe), folder.path / "model")
+    else:
+        save_and_reload(job, recipe, folder.path / adapter, base.name)
+    if len(scores.points) < 2 or scores.points[-1][0] < state.step:
+        scores.add("after")
+    stream = stream_figures(before, after, the_plan.settings.streamed, the_plan.resident_layers) if after else None
+    return Trained(state, tokens, scores.points, stream, timeline)
+
+
+def _make_small(
+    recipe: Recipe, base: Base, data: PreparedData, device: torch.device, folder: RunFolder, events: Events
+) -> Small:
+    """The small model of a run that prunes, in ``small/``, and its keep map beside it."""
+    small = make_small(base, recipe, lambda: calibrate(recipe, base, data), device, folder.path / "small", events.note)
+    write_keep(folder.path / KEEP, small.keep)
+    return small
+
+
+def _watchers(recipe: Recipe, folder: RunFolder, state: TrainState, scores: Scores, events: Events) -> list[Hook]:
+    hooks: list[Hook] = [MetricsFile(folder.path / "metrics.jsonl", state.step), Listener(events.step)]
+    if recipe.eval_every:
+        hooks.append(EveryN(recipe.eval_every, lambda state: scores.add(f"step {state.step}")))
+    if recipe.report_to != "none":
+        hooks.append(Tracker(recipe.report_to, folder.path))
+    return hooks
+
+
+def _same_inputs(folder: RunFolder, **fingerprints: str) -> RunFolder:
+    """Note what the run is made from; refuse to go on from a checkpoint when data or model changed since."""
+    trained = bool(checkpoints(folder.path / "checkpoints"))
+    before = folder.notes.get("inputs", fingerprints) if trained else fingerprints
+    changed = [name for name, value in fingerprints.items() if before.get(name) != value]
+    if changed:
+        raise InputError(
+            f"{folder.path} holds a run whose {' and '.join(changed)} changed since it began.",
+            next_step="Name another output folder with -o, or put the old files back.",
+        )
+    return folder.note(inputs=fingerprints)
+
+
+def placement_of(the_plan: Plan) -> Placement | None:
+    """Which layers stream, as the plan says; None where none does."""
+    if not the_plan.settings.streamed:
+        return None
+    return place(the_plan.model.layers, the_plan.resident_layers, SLOTS, the_plan.settings.on_disk)
+
+
+def _traffic(decoder: Decoder) -> Traffic | None:
+    """What was copied so far."""
+    return replace(decoder.streamer.traffic) if decoder.streamer else None
+
+
+def _pageable(decoder: Decoder) -> Iterator[str]:
+    """What it costs that the system refused to pin host memory."""
+    count = len(decoder.streamer.host.pageable) if decoder.streamer else 0
+    if count:
+        yield (
+            f"{count} layers could not be pinned in host memory: their copies take a detour through a pinned buffer and"
+            " can be several times slower. `ulimit -l unlimited` lets a process pin more."
+        )
+
+
+def cap(device: torch.device, the_plan: Plan) -> None:
+    """Keep the allocator within the budget, on a card."""
+    if device.type == "cuda":
+        cap_memory(the_plan.budget_bytes, the_plan.overhead_bytes)
+
+
+def _prove_budget(job: Job, the_plan: Plan, meter: Meter, evaluated: Batches) -> int:
+    """A trial step and evaluation on the longest micro-batches, before training; the tokens of the one trained on.
+
+    Raises:
+        OverBudget: they take more than the budget.
+    """
+    largest = longest(job.batches)
+    last = longest(evaluated) if evaluated.per_epoch else None
+    at_once, by_layer = the_plan.settings.at_once, the_plan.settings.by_layer
+    try:
+        probe(job.decoder, [largest] * at_once, job.optimizer, job.clock, meter, by_layer, last)
+    except torch.OutOfMemoryError:
+        raise OverBudget(the_plan, None) from None
+    if meter.peak() > the_plan.budget_bytes:
+        raise OverBudget(the_plan, meter.peak())
+    return len(largest.input_ids)

@@ -1,0 +1,23 @@
+"""``effitrain prune``."""
+
+from typing import Any
+
+import click
+
+from effitrain.cli.flags import DATA_FIELDS, recipe_fields, recipe_flags
+from effitrain.core.recipe import PRUNE_FIELDS
+
+_CHOICES = [field for field in PRUNE_FIELDS if field not in ("small_model", "prune_method")]
+_DATA = [*DATA_FIELDS, "eval_dataset", "eval_fraction", "max_seq_len", "seed", "dtype"]
+
+
+@click.command("prune")
+@recipe_flags(["model", *_CHOICES, *_DATA, "output_dir"])
+def command(**flags: Any) -> None:
+    """Write a structurally pruned model folder to train on, aligned to the full-size model."""
+    from effitrain.planning import recipe
+
+    asked = recipe(**{**recipe_fields(flags), "fit": "prune"})
+    from effitrain import api
+
+    click.echo(f"Written: {api.prune(asked, click.echo)}")

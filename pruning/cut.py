@@ -1,0 +1,161 @@
+"""A small model as a view of a large one: every tensor a selection of rows and columns, read when it is asked for."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from effitrain.core.errors import InputError
+from effitrain.core.keep import KeepMap
+from effitrain.core.spec import LinearSpec, ModelSpec, pruned_config
+from effitrain.io.atomic import atomic_folder, write_json
+from effitrain.io.keep import KEEP, write_keep
+from effitrain.io.model_folder import copy_companions
+from effitrain.io.nf4 import NF4Tensor
+from effitrain.io.writer import write_shards
+from effitrain.quant.read import Weights
+
+FACTS = "prune.json"
+
+
+class Source(Weights, Protocol):
+    """The full-size weights: a checkpoint on disk or synthetic ones."""
+
+    def names(self) -> list[str]:
+        """Every weight."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its dtype."""
+
+
+def _unchanged(name: str, tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class CutWeights:
+    """The weights that a keep map leaves of ``source``, under the protocol of a checkpoint.
+
+    Attributes:
+        source: the full-size weights, not quantised.
+        spec: their shape.
+        keep: what survives.
+        edit: changes a cut tensor, given its name, such as an ``Aligner``; shape and dtype stay.
+        trusted: files may hold NaN.
+    """
+
+    trusted: ClassVar = False
+
+    source: Source
+    spec: ModelSpec
+    keep: KeepMap
+    edit: Callable[[str, Tensor], Tensor] = _unchanged
+
+    def __post_init__(self) -> None:
+        self.keep.check(self.spec)
+        quantised = next((name for name in self.source.names() if self.source.is_nf4(name)), None)
+        if quantised:
+            raise InputError(
+                f"{self.spec.name} is stored in NF4 ({quantised}), which cannot be cut.",
+                "A block of 64 weights shares a scale, and pruning takes blocks apart.",
+                "Name the original 16-bit model with --model.",
+            )
+
+    @cached_property
+    def _linears(self) -> dict[str, tuple[int, LinearSpec]]:
+        return {
+            f"model.layers.{layer.index}.{linear.name}": (layer.index, linear)
+            for layer in self.spec.layers
+            for linear in layer.linears
+        }
+
+    def names(self) -> list[str]:
+        """Every weight, the layers' in the order of layers."""
+        return sorted(self.source.names(), key=_layer_of)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a weight."""
+        return self.source.has(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of the weight."""
+        return self.source.dtype(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the weight after cutting."""
+        whole, kept = self.source.shape(name), self._kept(name)
+        return tuple(size if i is None else len(i) for size, i in zip(whole, kept or [None] * len(whole), strict=True))
+
+    def is_nf4(self, name: str) -> bool:
+        """Never: a selection of quantised weights would need other scales."""
+        return False
+
+    def read_nf4(self, name: str, device: torch.device | str = "cpu") -> NF4Tensor:
+        """There is none."""
+        raise InputError(f"{name} is not stored in NF4.")
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """One weight: the kept rows and columns, bit by bit as they are unless they are edited."""
+        tensor = self.source.read(name)
+        for dim, indices in enumerate(self._kept(name)):
+            if indices is not None:
+                tensor = tensor.index_select(dim, torch.tensor(indices))
+        return self.edit(name, tensor).to(device)
+
+    def fingerprint(self) -> str:
+        """That of the source: it is what an adapter of the full-size model belongs to."""
+        return self.source.fingerprint()
+
+    def _kept(self, name: str) -> tuple[list[int] | None, ...]:
+        """Kept indices by dimension; empty for what is not cut."""
+        path, _, kind = name.rpartition(".")
+        if path not in self._linears:
+            return ()
+        layer, linear = self._linears[path]
+        rows = self.keep.indices(layer, linear.out_axis)
+        return (rows,) if kind == "bias" else (rows, self.keep.indices(layer, linear.in_axis))
+
+
+def _layer_of(name: str) -> int:
+    """The layer that a tensor belongs to; what lies outside the layers comes first."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+
+
+def write_cut(
+    target: Path,
+    weights: CutWeights,
+    config: Mapping[str, Any],
+    source: Path | None,
+    facts: Callable[[], Mapping[str, Any]] = dict,
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write a small model as a folder, complete or not at all, one tensor in memory at a time.
+
+    Args:
+        target: the new folder: config.json, safetensors, keep.safetensors, and the tokenizer of ``source``.
+        weights: the small model.
+        config: of the full-size model.
+        source: the folder of the full-size model; None for synthetic weights.
+        facts: asked at the end for what to write down in prune.json.
+        progress: told each tensor's name.
+    """
+
+    def read(name: str) -> Tensor:
+        progress(name)
+        return weights.read(name)
+
+    layout = {name: (weights.dtype(name), weights.shape(name)) for name in weights.names()}
+    with atomic_folder(target) as tmp:
+        if source:
+            copy_companions(source, tmp)
+        write_shards(tmp, layout, read)
+        write_json(tmp / "config.json", pruned_config(config, weights.spec.resized(weights.keep.widths)))
+        write_keep(tmp / KEEP, weights.keep)
+        write_json(tmp / FACTS, facts())

@@ -1,0 +1,173 @@
+"""LoRAPrune (Zhang et al. 2024): structured pruning while LoRA trains, guided by LoRA's own gradients.
+
+A weight's importance is |G (W0 + s B A)|, with the gradient of the whole weight estimated from those of the factors,
+G = dB A + B dA: the paper's estimate without the product of both gradients, which at its step size of 1 can outweigh
+the rest. A group's importance is summed over its rows or columns of a linear, brought to length 1 per linear, and added
+over linears. It is averaged over steps; masks on outputs grow by a cubic schedule; what they hide at last is removed.
+
+Groups are FFN channels and KV heads with their query heads: the published code cuts grouped heads in pieces.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from effitrain.adapters.base import Adapter, AdapterConfig
+from effitrain.adapters.storage import AdapterBundle
+from effitrain.core.keep import KeepMap, LayerKeep
+from effitrain.core.spec import PRUNABLE, Axis, LayerSpec, ModelSpec, Widths
+from effitrain.model.decoder import Decoder
+from effitrain.model.load import Base
+from effitrain.model.walk import frozen
+from effitrain.pruning.cut import CutWeights, Source, write_cut
+from effitrain.pruning.groups import members, per_group
+
+# The published schedule: nothing in the first tenth, where B is too small to tell, all in the last; every tenth step,
+# more often in runs too short for that.
+_BEGIN, _END, _EVERY, _TIMES = 0.1, 0.9, 10, 20
+_DECAY = 0.9
+
+
+class LoRAPrune:
+    """What the loop calls: scores after each backward pass, masks after each step.
+
+    Args:
+        decoder: with adapters on it; its outputs are masked from now on.
+        adapters: by module path, LoRA with tensors A and B.
+        widths: of the layers at the end.
+        steps: length of the run.
+    """
+
+    def __init__(self, decoder: Decoder, adapters: Mapping[str, Adapter], widths: Sequence[Widths], steps: int):
+        self.decoder, self.adapters, self.steps = decoder, adapters, steps
+        self.every = min(_EVERY, max(1, steps // _TIMES))
+        self.masks: dict[tuple[int, Axis], Tensor] = {}
+        self.scores: dict[tuple[int, Axis], Tensor] = {}
+        self.removed: dict[tuple[int, Axis], int] = {}
+        for layer, whole, kept in zip(decoder.spec.layers, decoder.spec.widths, widths, strict=True):
+            for part, before, after in (
+                (Axis.FFN, whole.ffn, kept.ffn),
+                (Axis.KV_HEADS, whole.kv_heads, kept.kv_heads),
+            ):
+                if after < before:
+                    key = layer.index, part
+                    self.masks[key] = torch.ones(before, device=decoder.device)
+                    self.scores[key] = torch.zeros(before, device=decoder.device)
+                    self.removed[key] = before - after
+                    self._mask_outputs(layer, part)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint must hold to go on: they are read and written in place."""
+        named = {"mask": self.masks, "score": self.scores}
+        return {f"loraprune.{kind}.{i}.{part}": t for kind, ts in named.items() for (i, part), t in ts.items()}
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        """Take this step's gradients into the running scores; a step whose scores are not finite is left out."""
+        for key, score in self.scores.items():
+            now = self._importance(*key)
+            if torch.isfinite(now).all():
+                score.mul_(_DECAY).add_(now, alpha=1 - _DECAY)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Mask what the schedule asks for after ``step`` steps; at the last step exactly the final share."""
+        if step != self.steps and (step % self.every or step > _END * self.steps + self.every):
+            return
+        share = 1.0 if step == self.steps else removed_share(step / self.steps)
+        for key, mask in self.masks.items():
+            count = int(self.removed[key] * share)
+            order = torch.argsort(torch.where(mask > 0, self.scores[key], -1.0), stable=True)
+            mask[order[:count]] = 0
+
+    def keep_map(self, base: str, fingerprint: str) -> KeepMap:
+        """What the masks leave."""
+        spec = self.decoder.spec
+
+        def kept(index: int, part: Axis, size: int) -> tuple[int, ...]:
+            mask = self.masks.get((index, part))
+            return tuple(range(size)) if mask is None else tuple(mask.nonzero().flatten().tolist())
+
+        layers = [
+            LayerKeep(kept(index, Axis.FFN, whole.ffn), kept(index, Axis.KV_HEADS, whole.kv_heads))
+            for index, whole in enumerate(spec.widths)
+        ]
+        return KeepMap.of(spec, layers, base, fingerprint)
+
+    def write(self, base: Base, config: AdapterConfig, target: Path) -> None:
+        """Remove what is masked, merge the adapters into what is left, and write it as a model folder.
+
+        Args:
+            base: the full-size model, with its files on disk.
+            config: of the adapters.
+            target: written complete or not at all; config.json, safetensors and keep.safetensors.
+        """
+        source: Source = base.weights()  # type: ignore[assignment]
+        keep = self.keep_map(base.name, source.fingerprint())
+        pairs = {path: adapter.factors() for path, adapter in self.adapters.items()}
+        factors = {path: (left.cpu(), right.cpu()) for path, (left, right) in pairs.items()}
+        edit = merged(AdapterBundle(config, base.name, factors), keep, base.spec)
+        write_cut(target, CutWeights(source, base.spec, keep, edit), base.source.config, base.source.folder)
+
+    def _importance(self, index: int, part: Axis) -> Tensor:
+        total = torch.zeros_like(self.scores[index, part])
+        for member in members(self.decoder.spec.layers[index], part):
+            path = f"model.layers.{index}.{member.linear.name}"
+            if path in self.adapters:
+                weight = frozen(self.decoder.get_submodule(path)).dense(torch.float32)
+                channels = weight_importance(self.adapters[path], weight).sum(1 - member.dim)
+                groups = per_group(channels, len(total))
+                total += groups / groups.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        return total
+
+    def _mask_outputs(self, layer: LayerSpec, part: Axis) -> None:
+        """Multiply the outputs of the linears whose rows belong to ``part`` by its mask; columns need none."""
+        for member in members(layer, part):
+            if member.dim == 0:
+                module = self.decoder.layers[layer.index].get_submodule(member.linear.name)
+                module.register_forward_hook(partial(_masked, self.masks[layer.index, part]))
+
+
+def weight_importance(adapter: Adapter, weight: Tensor) -> Tensor:
+    """|G (W0 + s B A)| [out, in] in float32 of a LoRA that has gradients; ``weight`` is W0."""
+    A, B = adapter.get_parameter("A"), adapter.get_parameter("B")
+    assert A.grad is not None and B.grad is not None
+    gradient = B.grad.float() @ A.float() + B.float() @ A.grad.float()
+    return gradient.mul_(weight + adapter.delta_weight()).abs_()
+
+
+def removed_share(done: float) -> float:
+    """Share of what goes in the end that is gone when ``done`` of the steps are: cubic from 0 to 1."""
+    progress = min(1.0, max(0.0, (done - _BEGIN) / (_END - _BEGIN)))
+    return 1 - (1 - progress) ** 3
+
+
+def merged(bundle: AdapterBundle, keep: KeepMap, spec: ModelSpec) -> Callable[[str, Tensor], Tensor]:
+    """An edit of cut weights that adds the kept part of an adapter of the full-size model."""
+    axes = {
+        f"model.layers.{layer.index}.{linear.name}": (layer.index, linear.out_axis, linear.in_axis)
+        for layer in spec.layers
+        for linear in layer.linears
+    }
+
+    def edit(name: str, tensor: Tensor) -> Tensor:
+        path = name.removesuffix(".weight")
+        if path not in bundle.tensors:
+            return tensor
+        B, A = bundle.tensors[path]
+        index, out_axis, in_axis = axes[path]
+        rows = keep.indices(index, out_axis) if out_axis in PRUNABLE else None
+        columns = keep.indices(index, in_axis) if in_axis in PRUNABLE else None
+        B = B if rows is None else B[rows]
+        A = A if columns is None else A[:, columns]
+        return tensor.float().addmm(B, A, alpha=bundle.config.scaling).to(tensor.dtype)
+
+    return edit
+
+
+def _masked(mask: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    channels = mask.repeat_interleave(output.shape[-1] // len(mask))
+    return output * channels.to(output.dtype)

@@ -1,0 +1,188 @@
+"""The stages that make a small model: scores, selection, cut and alignment, each of them reusable."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from effitrain.core.cut import small_spec
+from effitrain.core.errors import InputError
+from effitrain.core.keep import KeepMap
+from effitrain.core.recipe import Recipe
+from effitrain.core.spec import Axis, ModelSpec, pruned_config
+from effitrain.data.cache import default_cache_dir
+from effitrain.io.atomic import write_safetensors
+from effitrain.io.keep import read_keep
+from effitrain.model.decoder import build
+from effitrain.model.load import Base, find_base
+from effitrain.model.walk import Walk
+from effitrain.pruning.align import Aligner, Fit
+from effitrain.pruning.calibration import Calibration
+from effitrain.pruning.cut import FACTS, CutWeights, Source, write_cut
+from effitrain.pruning.groups import check_family
+from effitrain.pruning.score import needs, score_layers
+from effitrain.pruning.select import Scores, select
+from effitrain.quant.read import DTYPES
+
+_CODE_VERSION = 1  # raise it when the same choices would give another small model
+
+
+@dataclass(frozen=True)
+class Small:
+    """A small model that can be trained, and what was kept of the full-size one."""
+
+    base: Base
+    keep: KeepMap
+
+
+def make_small(
+    base: Base,
+    recipe: Recipe,
+    calibration: Callable[[], Calibration],
+    device: torch.device,
+    target: Path,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Small:
+    """Prune ``base`` into the folder ``target``, unless it is there already.
+
+    Args:
+        base: the full-size model, with its files on disk; for synthetic weights nothing is written.
+        recipe: with its dtype chosen.
+        calibration: asked for the text if a stage needs it.
+        device: where layers compute.
+        target: complete or absent; refused when it holds something else.
+        tell: told what is done.
+
+    Raises:
+        InputError: the family, the ratio, the text or the target cannot be used.
+    """
+    if recipe.small_model:
+        return open_small(Path(recipe.small_model), base)
+    spec = small_spec(base.spec, recipe)
+    if base.synthetic_seed is not None:
+        return _synthetic(base, spec, recipe.seed)
+    check_family(base.source.config, base.name)
+    source: Source = base.weights()  # type: ignore[assignment]
+    cut = spec.widths != base.spec.widths
+    text = (
+        calibration()
+        if cut and (needs(recipe.prune_score) in ("inputs", "gradients") or recipe.align == "lsq")
+        else None
+    )
+    made_of = _made_of(recipe, source.fingerprint(), text)
+    if target.exists() and any(target.iterdir()):
+        return _reuse(target, made_of, tell)
+    scores = _scores(base, source, recipe, text, device, tell) if cut else {}
+    keep = KeepMap.of(base.spec, select(base.spec, spec.widths, scores), base.name, source.fingerprint())
+    aligner = None
+    if text and recipe.align == "lsq":
+        full, small = (_walk(base, view, recipe, device) for view in (source, CutWeights(source, base.spec, keep)))
+        aligner = Aligner(full, small, keep, text.batches, lambda fit: tell(_describe(fit)))
+    weights = CutWeights(source, base.spec, keep, aligner) if aligner else CutWeights(source, base.spec, keep)
+    write_cut(
+        target, weights, base.source.config, base.source.folder,
+        lambda: {"made_of": made_of, "alignment": [asdict(fit) for fit in aligner.fits] if aligner else []},
+    )  # fmt: skip
+    tell(f"Pruned: {target}, {spec.params:,} of {base.spec.params:,} parameters.")
+    return open_small(target, base)
+
+
+def open_small(folder: Path, base: Base) -> Small:
+    """A small model that was made before, by this project or an aligned one that somebody publishes.
+
+    Raises:
+        InputError: it is no pruned model, or was not cut from ``base``.
+    """
+    keep = read_keep(folder)
+    check_base(keep, base)
+    small = find_base(str(folder)).fetched()
+    if small.spec.widths != keep.widths:
+        raise InputError(f"The keep map and the config.json of {folder} do not go together.", next_step="Prune again.")
+    return Small(small, keep)
+
+
+def check_base(keep: KeepMap, base: Base) -> None:
+    """Refuse a full-size model that is not the one that was pruned.
+
+    Raises:
+        InputError: sizes or weights differ.
+    """
+    keep.check(base.spec)
+    if keep.fingerprint != base.weights().fingerprint():
+        raise InputError(
+            f"{base.name} has other weights than the model that was pruned, {keep.base}.",
+            "It is another version or a fine-tuned one.",
+            "Name the model that was pruned with --model.",
+        )
+
+
+def _synthetic(base: Base, spec: ModelSpec, seed: int) -> Small:
+    """A rehearsal: random weights of the small shape, and a random keep map."""
+    walk = Walk(
+        build(base.spec, base.source.config, base.name), base.weights(), "none", torch.float32, torch.device("cpu")
+    )
+    scores = score_layers("random", walk, range(base.spec.num_layers), (Axis.FFN, Axis.KV_HEADS), seed)
+    keep = KeepMap.of(base.spec, select(base.spec, spec.widths, scores), base.name, base.weights().fingerprint())
+    source = replace(base.source, config=pruned_config(base.source.config, spec))
+    return Small(replace(base, source=source, spec=spec), keep)
+
+
+def _made_of(recipe: Recipe, fingerprint: str, text: Calibration | None) -> dict[str, Any]:
+    chosen = {"prune_ratio", "prune_parts", "prune_score", "prune_round", "prune_exempt", "align", "dtype"}
+    facts = recipe.model_dump(mode="json", include=chosen)
+    seed = recipe.seed if recipe.prune_score == "random" else None
+    return {**facts, "seed": seed, "base": fingerprint, "text": text and text.fingerprint, "code": _CODE_VERSION}
+
+
+def _reuse(target: Path, made_of: Mapping[str, Any], tell: Callable[[str], None]) -> Small:
+    try:
+        known = json.loads((target / FACTS).read_text(encoding="utf-8"))["made_of"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = None
+    if known != made_of:
+        raise InputError(
+            f"{target} holds something else than what pruning would write there.",
+            "It was made with other choices, or from another model or text.",
+            "Name another output folder with -o, or remove this one.",
+        )
+    tell(f"Pruned before: {target}.")
+    return Small(find_base(str(target)).fetched(), read_keep(target))
+
+
+def _walk(base: Base, weights: Any, recipe: Recipe, device: torch.device) -> Walk:
+    spec = base.spec.resized(weights.keep.widths) if isinstance(weights, CutWeights) else base.spec
+    return Walk(build(spec, base.source.config, base.name), weights, "none", DTYPES[recipe.dtype], device)
+
+
+def _scores(
+    base: Base,
+    source: Source,
+    recipe: Recipe,
+    text: Calibration | None,
+    device: torch.device,
+    tell: Callable[[str], None],
+) -> Scores:
+    """The scores of all layers, kept in the user's cache: they serve every ratio."""
+    name, layers = recipe.prune_score, range(base.spec.num_layers)
+    batches = text.batches if text else ()
+    looks = text.fingerprint if text and needs(name) in ("inputs", "gradients") else recipe.seed
+    key = json.dumps([_CODE_VERSION, name, source.fingerprint(), looks, recipe.dtype])
+    file = default_cache_dir().with_name("scores") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    if not file.is_file():
+        walk = _walk(base, source, recipe, device)
+        tell(f"Scoring {base.spec.num_layers} layers by {name}, {text.tokens if text else 0} tokens of text.")
+        found = score_layers(name, walk, layers, (Axis.FFN, Axis.KV_HEADS), recipe.seed, batches)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(file, {f"{i}.{part}": found[i][part] for i in found for part in found[i]}, {"format": "pt"})
+    stored: dict[str, Tensor] = load_file(file)
+    return {index: {part: stored[f"{index}.{part}"] for part in (Axis.FFN, Axis.KV_HEADS)} for index in layers}
+
+
+def _describe(fit: Fit) -> str:
+    return f"Aligned layer {fit.layer} {fit.linear}: error {fit.before:.4f} before, {fit.after:.4f} after."

@@ -1,0 +1,1 @@
+"""What the pruning studies share."""

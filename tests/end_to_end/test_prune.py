@@ -1,0 +1,200 @@
+"""Train small, infer large, from the command line: in one command and in three, and what the report says of it."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+SIZES = {"layers": 4, "heads": 8, "kv_heads": 2}
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def full(tiny_model) -> Path:
+    return tiny_model("llama", **SIZES)
+
+
+@pytest.fixture(scope="module")
+def flags(counting) -> list[str]:
+    chosen = {"--dataset": counting, "--max-steps": STEPS, "--batch-size": 8, "--grad-accum": 1, "--max-seq-len": 96,
+              "--lr": 1e-2, "--lora-r": 4, "--eval-fraction": 0.2}  # fmt: skip
+    return [str(part) for pair in chosen.items() for part in pair]
+
+
+@pytest.fixture(scope="module")
+def one(effitrain, full, flags, tmp_path_factory) -> Path:
+    """The folder of a run that prunes, trains and recovers in one command."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    answer = effitrain("run", "--model", full, "--fit", "prune", "--prune-ratio", 0.5, *flags, "-o", out)
+    assert answer.code == 0, answer.err
+    return out
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_files_and_report_of_one_command(one, full, effitrain, counting):
+    for name in ("keep.safetensors", "adapter-small/adapter_config.json", "adapter/adapter_model.safetensors",
+                 "small/config.json", "small/keep.safetensors"):  # fmt: skip
+        assert (one / name).is_file(), name
+    report, plan = read(one / "report.json"), read(one / "plan.json")
+    assert report["fit"] == plan["fit"] == "prune" and plan["prune_ratio"] == 0.5
+    pruned, loss = report["prune"], report["loss"]
+    assert pruned.keys() == {"ratio", "parts", "small_before", "small_after", "gain_share"}
+    assert (pruned["ratio"], pruned["parts"]) == (0.5, "ffn+kv")
+    gain = loss["eval_before"] - loss["eval_after"]
+    assert pruned["gain_share"] == pytest.approx(gain / (pruned["small_before"] - pruned["small_after"]))
+    assert gain > 0 and pruned["small_after"] < pruned["small_before"]
+    facts = read(one / "small/prune.json")
+    assert [fit["layer"] for fit in facts["alignment"]] == [1, 1, 2, 2]
+    assert all(fit["after"] < fit["before"] for fit in facts["alignment"])
+
+
+def test_the_reports_losses_are_those_of_the_full_model(one, full, counting):
+    """Of the same held-out rows, by a model loaded whole."""
+    from effitrain import api
+    from effitrain.data.prepare import prepare_data
+    from effitrain.evals.perplexity import evaluate_loss
+    from effitrain.train.job import make_batches
+
+    recipe = api.recipe(**{**yaml_of(one / "recipe.yaml"), "fit": "resident", **unpruned()})
+    base, decoder, recipe = api._ready(recipe, None)
+    data = prepare_data(recipe, base.tokenizer(), recipe.max_seq_len)
+    batches = make_batches(data.eval, recipe)
+    loss = read(one / "report.json")["loss"]
+    assert evaluate_loss(decoder, batches).loss == pytest.approx(loss["eval_before"], rel=1e-6)
+    _, adapted, _ = api._ready(recipe, str(one))
+    assert evaluate_loss(adapted, batches).loss == pytest.approx(loss["eval_after"], rel=1e-6)
+
+
+def yaml_of(path: Path) -> dict:
+    from effitrain.core.recipe import read_recipe_file
+
+    return read_recipe_file(path)
+
+
+def unpruned() -> dict:
+    from effitrain.core.recipe import PRUNE_FIELDS, Recipe
+
+    return {name: Recipe.model_fields[name].default for name in PRUNE_FIELDS}
+
+
+def test_three_commands_give_the_same_adapter_byte_for_byte(one, full, flags, effitrain, tmp_path):
+    small, run, adapter = tmp_path / "small", tmp_path / "run", tmp_path / "adapter"
+    data = [*flags[:2], *flags[8:10], *flags[14:]]
+    assert [data[0], data[2], data[4]] == ["--dataset", "--max-seq-len", "--eval-fraction"]
+    answers = [
+        effitrain("prune", "--model", full, "--prune-ratio", 0.5, *data, "-o", small),
+        effitrain("run", "--model", small, *flags, "-o", run),
+        effitrain("recover", "--model", full, "--adapter", run, "--keep", small, "-o", adapter),
+    ]
+    assert [answer.code for answer in answers] == [0, 0, 0], answers
+    assert (small / "model.safetensors").read_bytes() == (one / "small/model.safetensors").read_bytes()
+    assert losses(run) == losses(one)
+    name = "adapter_model.safetensors"
+    assert (adapter / name).read_bytes() == (one / "adapter" / name).read_bytes()
+
+
+def test_a_small_model_serves_many_adapters(one, full, flags, effitrain, tmp_path):
+    pruned = ["--fit", "prune", "--prune-ratio", 0.5, "--small-model", one / "small"]
+    answer = effitrain("run", "--model", full, *pruned, *flags, "--seed", 1, "-o", tmp_path / "other")
+    assert answer.code == 0, answer.err
+    assert not (tmp_path / "other/small").exists()
+    assert math.isclose(read(tmp_path / "other/report.json")["prune"]["ratio"], 0.5)
+
+
+def test_ratio_zero_is_plain_qlora(full, flags, effitrain, tmp_path):
+    pruned = ["--fit", "prune", "--prune-ratio", 0, "-o", tmp_path / "zero"]
+    assert effitrain("run", "--model", full, *flags, *pruned).code == 0
+    assert effitrain("run", "--model", full, *flags, "-o", tmp_path / "plain").code == 0
+    assert losses(tmp_path / "zero") == losses(tmp_path / "plain")
+    name = "adapter/adapter_model.safetensors"
+    from safetensors.torch import load_file
+
+    zero, plain = (load_file(tmp_path / run / name) for run in ("zero", "plain"))
+    assert all(zero[key].equal(plain[key]) for key in plain) and zero.keys() == plain.keys()
+    assert read(tmp_path / "zero/report.json")["prune"]["gain_share"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_second_time_nothing_is_pruned_again(one, full, flags, effitrain):
+    before = (one / "small/model.safetensors").stat().st_mtime_ns
+    answer = effitrain("run", "--model", full, "--fit", "prune", "--prune-ratio", 0.5, *flags, "-o", one)
+    assert answer.code == 0 and (one / "small/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_small_model_that_streams_trains_alike(one, full, flags, effitrain, tmp_path):
+    """Layers of three sizes through the same slots."""
+    chosen = ["--fit", "prune", "--prune-ratio", 0.5, "--small-model", one / "small", "--resident-layers", 1]
+    answer = effitrain("run", "--model", full, *chosen, *flags, "--recompute", "layer", "-o", tmp_path / "streamed")
+    assert answer.code == 0, answer.err
+    assert read(tmp_path / "streamed/report.json")["stream"]["streamed_layers"] == 3
+    assert losses(tmp_path / "streamed") == losses(one)
+
+
+@pytest.mark.parametrize("score", ["random", "magnitude", "flap", "taylor"])
+def test_every_score_from_the_command_line(full, counting, effitrain, score, tmp_path):
+    chosen = ["--prune-score", score, "--align", "none", "--prune-parts", "ffn", "--max-seq-len", 96]
+    answer = effitrain(
+        "prune", "--model", full, "--dataset", counting, "--prune-ratio", 0.5, *chosen, "-o", tmp_path / "s"
+    )
+    assert answer.code == 0, answer.err
+    assert read(tmp_path / "s/config.json")["effitrain_widths"] == {"ffn": [112, 56, 56, 112], "kv_heads": [2] * 4}
+
+
+def test_plan_knows_the_small_model(full, effitrain):
+    answer = effitrain("plan", "--model", full, "--fit", "prune", "--prune-ratio", 0.5, "--json")
+    plan = json.loads(answer.out)
+    whole = json.loads(effitrain("plan", "--model", full, "--fit", "resident", "--json").out)
+    assert (plan["fit"], plan["prune_ratio"]) == ("prune", 0.5) and plan["peak_bytes"] < whole["peak_bytes"]
+
+
+def test_synthetic_weights_rehearse_it(effitrain, counting, tmp_path):
+    chosen = ["--fit", "prune", "--prune-ratio", 0.5, "--weights", "synthetic", "--max-seq-len", 64, "--max-steps", 1]
+    answer = effitrain(
+        "run", "--model", "tiny", "--dataset", counting, *chosen, "--batch-size", 2, "-o", tmp_path / "o"
+    )
+    assert answer.code == 0, answer.err
+    assert not (tmp_path / "o/small").exists() and (tmp_path / "o/keep.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def pruned_while_training(effitrain, full, flags, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("loraprune") / "out"
+    chosen = ["--fit", "prune", "--prune-method", "loraprune", "--prune-ratio", 0.5, "--max-steps", 20]
+    answer = effitrain("run", "--model", full, *flags, *chosen, "--save-every", 8, "--keep-checkpoints", 9, "-o", out)
+    assert answer.code == 0, answer.err
+    return out
+
+
+def test_loraprune_leaves_a_small_model_that_is_used_like_any_other(pruned_while_training, effitrain, counting):
+    out = pruned_while_training
+    report = read(out / "report.json")
+    assert report["adapter"] is None and not (out / "adapter").exists()
+    assert report["prune"]["small_after"] == report["loss"]["eval_after"] < report["loss"]["eval_before"]
+    assert read(out / "model/config.json")["effitrain_widths"] == {"ffn": [112, 56, 56, 112], "kv_heads": [2, 1, 1, 2]}
+    answer = effitrain("eval", "--model", out / "model", "--dataset", counting, "--max-seq-len", 96, "--json")
+    assert answer.code == 0 and math.isfinite(json.loads(answer.out)["loss"])
+    answer = effitrain("chat", "--model", out / "model", "--prompt", "Count", "--max-new-tokens", 3)
+    assert answer.code == 0, answer.err
+
+
+def test_loraprune_goes_on_from_a_checkpoint_as_if_nothing_had_happened(pruned_while_training, effitrain, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned_while_training, copy)
+    for gone in ("report.json", "report.html"):
+        (copy / gone).unlink()
+    shutil.rmtree(copy / "model")
+    for step in (16, 20):
+        shutil.rmtree(copy / f"checkpoints/step-{step}")
+    answer = effitrain("run", "--config", copy / "recipe.yaml", "-o", copy)
+    assert answer.code == 0 and "step 8 of 20" in answer.out, answer
+    weights = [(out / "model/model.safetensors").read_bytes() for out in (copy, pruned_while_training)]
+    assert weights[0] == weights[1] and losses(copy) == losses(pruned_while_training)

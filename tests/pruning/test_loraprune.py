@@ -1,0 +1,164 @@
+"""LoRAPrune: its estimate of the gradient, its schedule, its masks, and the small model that they leave."""
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+
+from effitrain.adapters.attach import attach
+from effitrain.adapters.base import AdapterConfig, Clock
+from effitrain.core.cut import cut_widths
+from effitrain.core.spec import Axis, Widths
+from effitrain.model.load import fill, find_base
+from effitrain.pruning.loraprune import LoRAPrune, removed_share, weight_importance
+from effitrain.train.loss import loss_sum
+
+from .conftest import CPU
+
+CONFIG = AdapterConfig(r=3, alpha=6)
+
+
+def adapted(model, config=CONFIG, std=0.1):
+    decoder = fill(model.empty(), model.weights, "none", torch.float32, CPU)
+    adapters = attach(decoder, config, Clock(1))
+    with torch.no_grad():
+        for adapter in adapters.values():
+            adapter.B.normal_(std=std)
+    return decoder, adapters
+
+
+def logits(decoder, batch):
+    with torch.no_grad():
+        return decoder.logits(decoder(batch.input_ids, batch.position_ids, batch.segments))
+
+
+def watch(module, seen):
+    """Put the input and the gradient of the output of the next call into ``seen``."""
+
+    def hook(module, inputs, output):
+        seen["x"] = inputs[0].detach()
+        output.register_hook(lambda grad: seen.update(g=grad))
+
+    module.register_forward_hook(hook)
+
+
+@pytest.fixture
+def full(model):
+    return model("llama", heads=8, kv_heads=4, layers=3)
+
+
+def test_importance_is_the_projected_gradient_times_the_effective_weight(full, text):
+    """dB A + B dA = s (G A^T A + B B^T G) of the explicit gradient G of the effective weight."""
+    decoder, adapters = adapted(full)
+    path = "model.layers.1.mlp.up_proj"
+    seen = {}
+    module = decoder.get_submodule(path)
+    watch(module, seen)
+    (batch,) = text(1)
+    loss_sum(decoder, batch).backward()
+    G = seen["g"][0].t() @ seen["x"][0]
+    adapter, s = adapters[path], CONFIG.scaling
+    A, B = adapter.A.detach(), adapter.B.detach()
+    expected = (s * (G @ A.t() @ A + B @ B.t() @ G) * (module.base.weight + s * B @ A)).abs()
+    torch.testing.assert_close(weight_importance(adapter, module.base.weight), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_full_rank_orthogonal_lora_sees_the_exact_gradient(full, text):
+    """A A^T = 1 and B = 0: the estimate is s G, so the order is that of exact first-order Taylor."""
+    hidden = full.spec.hidden
+    decoder, adapters = adapted(full, AdapterConfig(r=hidden, alpha=hidden), std=0.0)
+    path = "model.layers.0.mlp.gate_proj"
+    adapter, module, seen = adapters[path], decoder.get_submodule(path), {}
+    with torch.no_grad():
+        adapter.A.copy_(torch.linalg.qr(torch.randn(hidden, hidden))[0])
+    watch(module, seen)
+    (batch,) = text(1)
+    loss_sum(decoder, batch).backward()
+    G = seen["g"][0].t() @ seen["x"][0]
+    exact = (G * module.base.weight).abs()
+    torch.testing.assert_close(weight_importance(adapter, module.base.weight), exact, rtol=1e-3, atol=1e-6)
+
+
+def test_the_cubic_schedule():
+    shares = [removed_share(step / 1000) for step in range(1001)]
+    assert shares == sorted(shares)
+    assert removed_share(0.1) == 0 and removed_share(0.9) == removed_share(1.0) == 1
+    assert removed_share(0.5) == pytest.approx(0.875)
+
+
+def run(decoder, adapters, widths, batches, steps):
+    """A run of ``steps`` steps of plain gradient descent."""
+    pruner = LoRAPrune(decoder, adapters, widths, steps)
+    parameters = [p for p in decoder.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    masked = []
+    for step in range(1, steps + 1):
+        loss_sum(decoder, batches[step % len(batches)]).backward()
+        pruner.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.after_step(step)
+        masked.append({key: mask.clone() for key, mask in pruner.masks.items()})
+    return pruner, masked
+
+
+@pytest.mark.parametrize("steps", [7, 45])
+def test_masks_grow_to_exactly_the_final_widths(full, text, steps):
+    decoder, adapters = adapted(full)
+    widths = cut_widths(full.spec, 0.5)
+    pruner, masked = run(decoder, adapters, widths, text(3), steps)
+    assert pruner.keep_map("b", "f").widths == widths
+    assert widths[1] == Widths(56, 2) and widths[0] == Widths(112, 4)
+    for before, after in pairwise(masked):
+        assert all((after[key] <= before[key]).all() for key in before)  # what is masked stays masked
+    counts = [int((mask[1, Axis.FFN] == 0).sum()) for mask in masked]
+    assert len(set(counts)) > 3 and (steps == 7 or not any(counts[: steps // 10]))
+
+
+def test_masked_rows_get_no_gradient(full, text):
+    decoder, adapters = adapted(full)
+    pruner, _ = run(decoder, adapters, cut_widths(full.spec, 0.5), text(3), 5)
+    loss_sum(decoder, text(1)[0]).backward()
+    gone = pruner.masks[1, Axis.FFN] == 0
+    assert gone.any() and not adapters["model.layers.1.mlp.up_proj"].B.grad[gone].any()
+    heads = pruner.masks[1, Axis.KV_HEADS].repeat_interleave(2 * full.spec.head_dim) == 0
+    assert heads.any() and not adapters["model.layers.1.self_attn.q_proj"].B.grad[heads].any()
+
+
+def test_the_small_model_computes_what_the_masked_one_does(full, text, tmp_path):
+    """Merged weights round once more: 1e-5 of the logits' size, float32."""
+    decoder, adapters = adapted(full)
+    pruner, _ = run(decoder, adapters, cut_widths(full.spec, 0.5), text(3), 5)
+    pruner.write(full.base.fetched(), CONFIG, tmp_path / "model")
+    base = find_base(str(tmp_path / "model")).fetched()
+    small = dataclasses.replace(full, folder=tmp_path / "model")
+    loaded = fill(small.empty(), base.weights(), "none", torch.float32, CPU)
+    (batch,) = text(1)
+    expected = logits(decoder, batch)
+    torch.testing.assert_close(logits(loaded, batch), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert base.spec.params < full.spec.params
+
+
+def test_a_planted_query_head_keeps_its_group(full, text):
+    """Query head 3 of 8 belongs to KV head 1 of 4: with o_proj's columns for it made large, that group stays."""
+    decoder, adapters = adapted(full)
+    d = full.spec.head_dim
+    decoder.layers[1].self_attn.o_proj.base.weight[:, 3 * d : 4 * d] *= 50
+    pruner, _ = run(decoder, adapters, cut_widths(full.spec, 0.7), text(3), 5)
+    assert (
+        pruner.keep_map("b", "f").layers[1].kv_heads[0:1] == (1,) or 1 in pruner.keep_map("b", "f").layers[1].kv_heads
+    )
+
+
+def test_a_step_that_is_not_finite_leaves_the_scores(full, text):
+    decoder, adapters = adapted(full)
+    pruner = LoRAPrune(decoder, adapters, cut_widths(full.spec, 0.5), 10)
+    loss_sum(decoder, text(1)[0]).backward()
+    pruner.after_backward()
+    before = {name: tensor.clone() for name, tensor in pruner.state().items()}
+    adapters["model.layers.1.mlp.up_proj"].A.grad.fill_(torch.nan)
+    pruner.after_backward()
+    after = pruner.state()
+    assert torch.equal(before["loraprune.score.1.ffn"], after["loraprune.score.1.ffn"])
+    assert set(after) == {f"loraprune.{kind}.1.{part}" for kind in ("mask", "score") for part in ("ffn", "kv_heads")}
