@@ -191,12 +191,14 @@ def stream(
         source: of whole layers.
         placement: which layers, and where they wait.
         device: where they compute.
-        progress: told each layer's name when it waits in host memory.
+        progress: told each layer's name when it waits where it should.
         bytes_per_second: on a CPU, the speed of the link to imitate.
         shapes_only: copy nothing, for steps that are run on fake tensors.
     """
     held = () if shapes_only else placement.in_host_memory
     host = HostLayers(source, held, device, lambda layer: progress(f"model.layers.{layer}"))
+    for layer in sorted(placement.on_disk):
+        progress(f"model.layers.{layer}")
     linears = {layer: frozen_linears(decoder.layers[layer]) for layer in placement.streamed}
     if linears:
         decoder.attach_streamer(Streamer(linears, host, placement.slots, device, bytes_per_second, shapes_only))

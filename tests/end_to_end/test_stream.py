@@ -90,7 +90,14 @@ def test_short_host_memory_reads_from_disk(asked, tiny_model):
     blob = next(line.bytes for line in needed.ledger if line.what == "streamed layers") // 8
     short = asked("short", **fields, host_mem=needed.host_peak_bytes - 2 * blob + 1)
     assert 0 < plan(short).settings.on_disk < 8
-    api.run(short)
+    loaded = []
+
+    class Counts(api.Events):
+        def loaded(self, part, layers):
+            loaded.append(part)
+
+    api.run(short, Counts())
+    assert sorted(loaded) == [f"model.layers.{layer}" for layer in range(8)]
     assert result(short) == result(roomy)
 
 
