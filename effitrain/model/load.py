@@ -136,13 +136,13 @@ def load_model(
     host_embedding = device.type == "cuda" and not base.spec.tied
     if placement is None:
         return fill(decoder, base.weights(recipe.quant, dtype), recipe.quant, dtype, device, host_embedding, progress)
-    weights, source = _streamable(base, recipe, placement, stored)
+    weights, source = _streamable(base, recipe, placement, device, stored)
     fill(decoder, weights, recipe.quant, dtype, device, host_embedding, progress, placement.streamed)
     return stream(decoder, source, placement, device, progress)
 
 
 def _streamable(
-    base: Base, recipe: Recipe, placement: Placement, stored: Callable[[int, int], None]
+    base: Base, recipe: Recipe, placement: Placement, device: torch.device, stored: Callable[[int, int], None]
 ) -> tuple[Weights, LayerSource]:
     """The weights of ``base``, and the same as a source of whole layers: its store, or synthetic ones made on the way.
 
@@ -150,7 +150,7 @@ def _streamable(
         InputError: synthetic weights do not fit host memory.
     """
     if base.synthetic_seed is None:
-        store = _store(base, recipe, stored)
+        store = _store(base, recipe, device, stored)
         return store, store
     if placement.on_disk:
         raise InputError(
@@ -158,19 +158,19 @@ def _streamable(
             next_step="Raise --host-mem, or plan alone with `effitrain plan`.",
         )
     weights = base.weights(recipe.quant, DTYPES[recipe.dtype])
-    return weights, FreshLayers(base.spec, weights, recipe.quant, recipe.dtype)
+    return weights, FreshLayers(base.spec, weights, recipe.quant, recipe.dtype, device)
 
 
-def _store(base: Base, recipe: Recipe, stored: Callable[[int, int], None]) -> Store:
+def _store(base: Base, recipe: Recipe, device: torch.device, stored: Callable[[int, int], None]) -> Store:
     """The store of ``base``, built when it is not there."""
     root = default_store_dir()
     key = StoreKey(base.name, base.fingerprint(), recipe.quant, recipe.dtype)
     if base.remote is None:
-        return ensure_store(root, key, base.spec, open_checkpoint(base.folder), stored)
+        return ensure_store(root, key, base.spec, open_checkpoint(base.folder), stored, device)
     found = find_store(root, key)
     if found is None:
         on_hub = open_on_hub(base.remote, root / ".shards")
-        found = ensure_store(root, key, base.spec, on_hub, stored)
+        found = ensure_store(root, key, base.spec, on_hub, stored, device)
         on_hub.close()
     return found
 
@@ -191,12 +191,14 @@ def stream(
         source: of whole layers.
         placement: which layers, and where they wait.
         device: where they compute.
-        progress: told each layer's name when it waits in host memory.
+        progress: told each layer's name when it waits where it should.
         bytes_per_second: on a CPU, the speed of the link to imitate.
         shapes_only: copy nothing, for steps that are run on fake tensors.
     """
     held = () if shapes_only else placement.in_host_memory
     host = HostLayers(source, held, device, lambda layer: progress(f"model.layers.{layer}"))
+    for layer in sorted(placement.on_disk):
+        progress(f"model.layers.{layer}")
     linears = {layer: frozen_linears(decoder.layers[layer]) for layer in placement.streamed}
     if linears:
         decoder.attach_streamer(Streamer(linears, host, placement.slots, device, bytes_per_second, shapes_only))
