@@ -1,9 +1,11 @@
 """The engine with kernels (in Triton's interpreter) against the engine without: loss and every gradient, in float32."""
 
 import sys
+from importlib import import_module
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from effitrain.adapters.attach import adapters, attach
 from effitrain.adapters.base import AdapterConfig, Clock
@@ -74,6 +76,33 @@ def test_widths_as_pruning_leaves_them(tiny_model, close, monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETED", False)
     for value, wanted in zip(found, _loss_and_gradients(decoder), strict=True):
         close(value, wanted, TOLERANCE)
+
+
+KERNELS = [
+    "nf4_dequantize",
+    "nf4_linear",
+    "lora_linear",
+    "lora_qkv",
+    "lora_mlp",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "dropout",
+]
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "linear_cross_entropy"])
+def test_without_one_kernel(tiny_model, close, monkeypatch, kernel):
+    """What the doctor switches off is replaced alone, also inside the functions that are made of several."""
+    decoder = _decoder(tiny_model("llama", layers=1), "nf4", ALL)
+    wanted = _loss_and_gradients(decoder)
+    monkeypatch.setenv("EFFITRAIN_KERNELS_OFF", kernel)
+    room = import_module(f"effitrain.kernels.{kernel}")
+    for name in [name for name, value in vars(room).items() if isinstance(value, InterpretedFunction)]:
+        if vars(room)[name].fn.__module__ == room.__name__:
+            monkeypatch.setattr(room, name, None)  # whoever launches it fails
+    for value, want in zip(_loss_and_gradients(decoder), wanted, strict=True):
+        close(value, want, TOLERANCE)
 
 
 def test_every_kernel_takes_part(tiny_model, monkeypatch):
