@@ -45,7 +45,7 @@ COMPONENTS = {
     "optimizer states": ("optimizer states",),
     STEP: (),
 }  # fmt: skip
-KEPT = 2  # layers of each kind that are run; one more of a kind shows what it adds
+KEPT, KEPT_STREAMED = 2, SLOTS  # layers of each kind that are run; one more of a kind shows what it adds
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def track(step: Step) -> Tracked:
         for layer, visits in zip(step.spec.layers, step.streamed, strict=True)
     ]
     counts = Counter(kinds)
-    kept = {kind: min(SLOTS if kind[-1] else KEPT, count) for kind, count in counts.items()}
+    kept = {kind: min(KEPT_STREAMED if kind[-1] else KEPT, count) for kind, count in counts.items()}
     base = total = _run(_thinned(step, kinds, kept))
     for kind, count in counts.items():
         if count > kept[kind]:

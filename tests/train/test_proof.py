@@ -1,0 +1,184 @@
+"""The memory model against the real step: run on shapes for large models, and tracked on a CPU for small ones.
+
+Tolerances are the project's promise: 3 % on shapes, 5 % on a CPU.
+"""
+
+import itertools
+import logging
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from effitrain.carry_out import placement_of
+from effitrain.core.budget import GIB, MemoryBudget
+from effitrain.core.plan import make_plan, resolve
+from effitrain.core.presets import find_preset
+from effitrain.core.recipe import make_recipe
+from effitrain.core.spec import ModelSpec, spec_from_config
+from effitrain.data.batches import MicroBatch
+from effitrain.data.tokenized import TokenSet
+from effitrain.model.load import find_base
+from effitrain.train import proof
+from effitrain.train.job import assemble
+from effitrain.train.memory import Meter, StorageTracker
+from effitrain.train.optim import make_optimizer
+from effitrain.train.probe import probe
+from effitrain.train.proof import ShapesOfAdamW8bit, Step, proved, track
+
+CUDA = MemoryBudget(2**50, 2**50, GIB, "cuda")
+MODELS = ("llama-3.2-1b", "llama-3.1-8b", "llama-70b")
+WAYS: dict[str, dict[str, Any]] = {
+    "kept": {"fit": "resident", "recompute": "none"},
+    "mlp": {"fit": "resident", "recompute": "mlp"},
+    "layer": {"fit": "resident", "recompute": "layer", "offload_activations": "off"},
+    "offloaded": {"fit": "resident", "recompute": "layer", "offload_activations": "on"},
+    "streamed": {"fit": "stream", "resident_layers": 0, "stream_order": "micro-batch"},
+    "half streamed": {
+        "fit": "stream",
+        "resident_layers": 8,
+        "offload_activations": "off",
+        "stream_order": "micro-batch",
+    },
+    "by layer": {"fit": "stream", "resident_layers": 0, "stream_order": "layer", "grad_accum": 4},
+    "pruned": {"fit": "prune", "prune_ratio": 0.85, "recompute": "layer", "offload_activations": "off"},
+    "pruned, streamed": {"fit": "prune", "prune_ratio": 0.5, "resident_layers": 4, "stream_order": "micro-batch"},
+}
+GRID = list(itertools.product(MODELS, WAYS, (512, 2048, 8192), ("adamw", "adamw8bit")))
+# Every model with every way, lengths and optimizers in turn: what CI has time for.
+COVER = [
+    (m, w, (512, 2048, 8192)[(i + j) % 3], ("adamw", "adamw8bit")[j % 2])
+    for i, m in enumerate(MODELS)
+    for j, w in enumerate(WAYS)
+]
+
+
+def preset(name: str) -> tuple[ModelSpec, dict[str, Any]]:
+    found = find_preset(name)
+    assert found is not None
+    return spec_from_config(found.config, name), dict(found.config)
+
+
+def error_of(model: str, way: str, tokens: int, optimizer: str) -> float:
+    spec, config = preset(model)
+    fields = {"max_seq_len": tokens, "batch_size": 1, "optimizer": optimizer, **WAYS[way]}
+    recipe = make_recipe(fields)
+    plan = proved(make_plan(spec, recipe, CUDA), spec, config, recipe, "cuda")
+    assert plan.proof is not None
+    assert plan.proof["peak_bytes"] - GIB == sum(part["tracked_bytes"] for part in plan.proof["components"])
+    return plan.proof["error"]
+
+
+@pytest.mark.parametrize(("model", "way", "tokens", "optimizer"), COVER)
+def test_predicted_peaks_are_within_three_percent_of_the_step_run_on_shapes(
+    model: str, way: str, tokens: int, optimizer: str
+) -> None:
+    assert abs(error_of(model, way, tokens, optimizer)) < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "way", "tokens", "optimizer"), GRID)
+def test_every_combination(model: str, way: str, tokens: int, optimizer: str) -> None:
+    assert abs(error_of(model, way, tokens, optimizer)) < 0.03
+
+
+@pytest.mark.parametrize("way", ["kept", "offloaded", "half streamed", "pruned"])
+def test_a_few_layers_tell_what_all_of_them_take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, config = preset("llama-3.2-1b")
+    recipe = make_recipe({"max_seq_len": 512, "batch_size": 1, "optimizer": "adamw", **WAYS[way]})
+    plan = make_plan(spec, recipe, CUDA)
+    few = proved(plan, spec, config, recipe, "cuda").proof
+    monkeypatch.setattr(proof, "KEPT", 100)
+    monkeypatch.setattr(proof, "KEPT_STREAMED", 100)
+    whole = proved(plan, spec, config, recipe, "cuda").proof
+    assert few is not None and whole is not None and few["components"] == whole["components"]
+
+
+@pytest.mark.parametrize("size", [100, 4096, 10_000])
+def test_the_twin_of_the_8bit_optimizer_has_its_states(size: int) -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    weight, twin = (torch.nn.Parameter(torch.zeros(size)) for _ in range(2))
+    real = make_optimizer("adamw8bit", [weight], 1e-3, 0.0)
+    weight.grad = torch.ones(size)
+    real.step()
+    tables = ("qmap1", "qmap2")  # two code tables, shared by all tensors
+    held = {k: v.nbytes for k, v in real.state[weight].items() if torch.is_tensor(v) and k not in tables}
+    shapes = ShapesOfAdamW8bit([twin], {})
+    shapes.step()
+    assert sum(v.nbytes for v in shapes.state[twin].values()) == sum(held.values())
+
+
+def test_no_logits_of_all_tokens_and_no_fp32_copy_of_a_frozen_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every storage of an 8B step at 8,192 tokens: none as large as tokens x vocabulary, none of a weight's size in fp32."""
+    spec, config = preset("llama-3.1-8b")
+    sizes: set[tuple[int, torch.dtype]] = set()
+
+    class Sizes(StorageTracker):
+        def add(self, tensors: Any) -> None:
+            tensors = list(tensors)
+            sizes.update((tensor.untyped_storage().nbytes(), tensor.dtype) for tensor in tensors)
+            super().add(tensors)
+
+    monkeypatch.setattr(proof, "StorageTracker", Sizes)
+    recipe = make_recipe(
+        {"max_seq_len": 8192, "batch_size": 1, "recompute": "layer", "optimizer": "adamw", "fit": "resident"}
+    )
+    full = resolve(recipe, make_plan(spec, recipe, CUDA))
+    track(Step(spec, config, full, "cuda", (False,) * spec.num_layers))
+    frozen = {linear.weights for linear in (*spec.layers[0].linears, spec.head)}
+    tokens_wide = {8192 * linear.out_features for linear in spec.layers[0].linears}  # activations may have that size
+    assert (2 * spec.head.weights, torch.bfloat16) in sizes  # the head is there, so the scan sees what it should
+    assert max(size for size, _ in sizes) < 2 * 8192 * spec.vocab
+    copies = {size for size, dtype in sizes if dtype == torch.float32 and size // 4 in frozen - tokens_wide}
+    assert not copies
+
+
+CPU_WAYS: dict[str, dict[str, Any]] = {
+    "kept": {},
+    "plain weights": {"quant": "none"},
+    "mlp": {"recompute": "mlp"},
+    "layer": {"recompute": "layer"},
+    "offloaded": {"recompute": "layer", "offload_activations": "on"},
+    "half precision": {"dtype": "bf16"},
+    "dropout": {"lora_dropout": 0.1},
+    "streamed": {"fit": "stream", "resident_layers": 1, "stream_order": "micro-batch"},
+    "8-bit states": {"optimizer": "adamw8bit"},
+    "some linears": {"lora_targets": "q_proj,lm_head"},
+}
+
+
+def measured_error(model: str, **fields: Any) -> float:
+    """Predicted over measured peak of a CPU step on full rows, less one."""
+    rows, length = 2, 256
+    fixed = {"model": model, "batch_size": rows, "max_seq_len": length, "grad_accum": 1, "optimizer": "adamw"}
+    recipe, base = make_recipe({**fixed, **fields}), find_base(model, fields.get("weights"))
+    plan = make_plan(base.spec, recipe, MemoryBudget(2**40, 2**40, 0, "cpu"))
+    full = resolve(recipe, plan)
+    numbers = np.zeros(rows * length, dtype=np.int32)
+    tokens = TokenSet(numbers, numbers, np.arange(0, rows * length + 1, length))
+    job = assemble(full, base.fetched(), tokens, torch.device("cpu"), placement=placement_of(plan))
+    ids, places = torch.randint(3, base.spec.vocab, (rows * length,)), torch.arange(rows * length)
+    batch = MicroBatch(ids, ids, places % length, (length,) * rows, places, rows)
+    meter = Meter(torch.device("cpu"))
+    probe(job.decoder, [batch], job.optimizer, job.clock, meter)
+    return plan.peak_bytes / meter.peak() - 1
+
+
+@pytest.mark.parametrize("way", CPU_WAYS)
+def test_predicted_peaks_are_within_five_percent_of_a_real_step(data_dir: Any, way: str) -> None:
+    assert abs(measured_error(str(data_dir / "models" / "stories3M"), **CPU_WAYS[way])) < 0.05
+
+
+@pytest.mark.parametrize("way", ["kept", "offloaded"])
+def test_the_same_of_a_hundred_million_parameters(way: str, tmp_path: Any) -> None:
+    import json
+
+    config = {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048,
+        "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert abs(measured_error(str(tmp_path), weights="synthetic", **CPU_WAYS[way])) < 0.05
