@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from effitrain.adapters.attach import attach
 from effitrain.adapters.base import Clock, adapter_class
 from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
-from effitrain.carry_out import cap, carry_out, over_budget, placement_of
+from effitrain.carry_out import cap, carry_out, placement_of
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.choices import sequence_length
 from effitrain.core.cut import small_spec
@@ -21,7 +22,7 @@ from effitrain.core.errors import InputError
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
 from effitrain.core.report import Report
-from effitrain.core.spec import spec_from_config
+from effitrain.core.spec import ModelSpec, spec_from_config
 from effitrain.data.prepare import check_data, prepare_data
 from effitrain.evals.chat import ChatSession
 from effitrain.evals.events import Events
@@ -38,10 +39,9 @@ from effitrain.planning import plan, recipe
 from effitrain.pruning.calibration import calibrate
 from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import make_small
-from effitrain.train.hooks import (
-    check_tracker,
-)
+from effitrain.train.hooks import check_tracker
 from effitrain.train.job import chosen, make_batches
+from effitrain.train.probe import OverBudget
 from effitrain.train.proof import proved
 from effitrain.train.state import check_checkpoint, checkpoints
 
@@ -67,7 +67,7 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
 
     Raises:
         InputError: something asked for is wrong or missing.
-        BudgetError: nothing fits.
+        BudgetError: nothing fits, or a trial step shows that the plan does not.
         Interrupted: asked to stop, after saving.
     """
     events = events or Events()
@@ -94,15 +94,18 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
         raise refusal(the_plan)
     if dry_run:
         return None
-    device, resolved = _device(budget), resolve(recipe, the_plan)
-    known = folder.notes["recipes"] if folder.knows(asked) else []
-    folder = folder.note(recipes=sorted({*known, asked.fingerprint(), resolved.fingerprint()}))
-    write_text(folder.path / "recipe.yaml", resolved.to_yaml())
-    write_json(folder.path / "plan.json", the_plan.to_json())
+    _device(budget)
     try:
-        return carry_out(resolved, the_plan, device, folder, base, events)
-    except torch.OutOfMemoryError:
-        raise over_budget("The run asked for more", the_plan) from None
+        return carry_out(*_begin(folder, asked, recipe, the_plan), the_plan, budget, base, events)
+    except OverBudget as error:
+        leaner = _leaner_plan(error, base.spec, recipe, budget)
+        if leaner is None:
+            raise
+        events.note(f"{error.fact} Planning anew with less.")
+        events.planned(leaner)
+        return carry_out(*_begin(folder, asked, recipe, leaner), leaner, budget, base, events)
+    except torch.OutOfMemoryError as error:
+        raise OverBudget(the_plan, None) from error
 
 
 def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, Any]:
@@ -192,6 +195,16 @@ def recover(adapter: str, keep: str, model: str, target: str) -> Path:
     return path
 
 
+def _begin(folder: RunFolder, asked: Recipe, recipe: Recipe, the_plan: Plan) -> tuple[Recipe, RunFolder]:
+    """Write down what is about to be done; the recipe with every choice made, and the folder that knows it."""
+    resolved = resolve(recipe, the_plan)
+    known = folder.notes["recipes"] if folder.knows(asked) else []
+    folder = folder.note(recipes=sorted({*known, asked.fingerprint(), resolved.fingerprint()}))
+    write_text(folder.path / "recipe.yaml", resolved.to_yaml())
+    write_json(folder.path / "plan.json", the_plan.to_json())
+    return resolved, folder
+
+
 def _as_before(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe with the choices that the plan made when this run began: with other free memory it might now make
     others, and batches would change half-way.
@@ -256,3 +269,12 @@ def _device(budget: MemoryBudget) -> torch.device:
             "Install the CUDA build of torch, or hide the card with CUDA_VISIBLE_DEVICES= to run on the CPU.",
         )
     return torch.device(budget.device)
+
+
+def _leaner_plan(error: OverBudget, spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> Plan | None:
+    """A plan with room for what the trial took beyond the old one's prediction; None where there is no other."""
+    room = budget.gpu_bytes - (error.measured_bytes - error.plan.peak_bytes)
+    leaner = make_plan(spec, recipe, replace(budget, gpu_bytes=max(room, 1)))
+    if not leaner.fits or leaner.settings == error.plan.settings:
+        return None
+    return replace(leaner, budget_bytes=budget.gpu_bytes)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from effitrain.adapters.base import AdapterConfig
+from effitrain.core.budget import MemoryBudget
 from effitrain.core.cut import small_spec
-from effitrain.core.errors import BudgetError, InputError
+from effitrain.core.errors import InputError
 from effitrain.core.memory import SLOTS
-from effitrain.core.plan import Plan
+from effitrain.core.plan import Plan, for_tokens
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import Report
-from effitrain.core.units import format_bytes
-from effitrain.data.batches import longest
+from effitrain.data.batches import Batches, longest
 from effitrain.data.prepare import PreparedData, prepare_data
 from effitrain.evals.events import Events
 from effitrain.evals.recovered import compare, facts
@@ -47,12 +47,12 @@ from effitrain.train.hooks import (
 from effitrain.train.job import Job, assemble, chosen, make_batches, resume, save_and_reload
 from effitrain.train.loop import train
 from effitrain.train.memory import Meter, cap_memory
-from effitrain.train.probe import probe
+from effitrain.train.probe import OverBudget, probe
 from effitrain.train.state import TrainState, checkpoints
 
 
 def carry_out(
-    recipe: Recipe, the_plan: Plan, device: torch.device, folder: RunFolder, base: Base, events: Events
+    recipe: Recipe, folder: RunFolder, the_plan: Plan, budget: MemoryBudget, base: Base, events: Events
 ) -> Report:
     """Load, (prune), probe, train, (recover), save and report what the plan says."""
     remove_stale(folder.path)
@@ -61,6 +61,7 @@ def carry_out(
     data = prepare_data(recipe, base.tokenizer(), chosen(recipe.max_seq_len))
     folder = _same_inputs(folder, data=data.fingerprint, model=base.fingerprint())
     events.data(data)
+    device = torch.device(budget.device)
     meter = Meter(device)
     cap(device, the_plan)
     small = _make_small(recipe, base, data, device, folder, events) if pruning == "loram" else None
@@ -73,15 +74,19 @@ def carry_out(
         pruned, points = compare(recipe, base, device, batches, bundle, points, events.evaluated)
     elif pruning:
         pruned = facts(recipe, points, [])
+    the_plan = for_tokens(the_plan, trained_on.spec, recipe, budget, trained.longest)
     seen = (data.stats, points, meter.peak(), trained.stream, trained.timeline, pruned)
     return write_report(folder.path, recipe, the_plan, trained.state, *seen)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Where training ended, losses on the evaluation set by step, and what streaming did."""
+    """Where training ended, tokens of the longest micro-batch, losses on the evaluation set by step, and what streaming
+    did.
+    """
 
     state: TrainState
+    longest: int
     points: list[tuple[int, float]]
     stream: Mapping[str, Any] | None
     timeline: Sequence[Span]
@@ -108,11 +113,12 @@ def _train(
     if the_plan.fit == "prune" and recipe.prune_method == "loraprune":
         pruner = LoRAPrune(job.decoder, job.adapters, small_spec(base.spec, recipe).widths, job.course.steps)
         job.trainable.update(pruner.state())
-    _prove_budget(job, the_plan, meter)
+    evaluated = make_batches(data.eval, recipe)
+    tokens = _prove_budget(job, the_plan, meter, evaluated)
 
     checkpoint_folder = folder.path / "checkpoints"
     state = resume(recipe, checkpoint_folder, job, events.note)
-    scores = Scores(job.decoder, make_batches(data.eval, recipe), folder, state, events.evaluated)
+    scores = Scores(job.decoder, evaluated, folder, state, events.evaluated)
     if not scores.points:
         scores.add("before")
     every = recipe.save_every or max(1, job.course.steps // 10)
@@ -135,7 +141,7 @@ def _train(
     if len(scores.points) < 2 or scores.points[-1][0] < state.step:
         scores.add("after")
     stream = stream_figures(before, after, the_plan.settings.streamed, the_plan.resident_layers) if after else None
-    return Trained(state, scores.points, stream, timeline)
+    return Trained(state, tokens, scores.points, stream, timeline)
 
 
 def _make_small(
@@ -197,17 +203,19 @@ def cap(device: torch.device, the_plan: Plan) -> None:
         cap_memory(the_plan.budget_bytes, the_plan.overhead_bytes)
 
 
-def _prove_budget(job: Job, the_plan: Plan, meter: Meter) -> None:
-    """A trial step on the longest micro-batch, before training; stops the run when it takes more than the budget."""
-    probe(job.decoder, longest(job.batches), job.optimizer, job.clock, meter)
+def _prove_budget(job: Job, the_plan: Plan, meter: Meter, evaluated: Batches) -> int:
+    """A trial step and evaluation on the longest micro-batches, before training; the tokens of the one trained on.
+
+    Raises:
+        OverBudget: they take more than the budget.
+    """
+    largest = longest(job.batches)
+    last = longest(evaluated) if evaluated.per_epoch else None
+    at_once, by_layer = the_plan.settings.at_once, the_plan.settings.by_layer
+    try:
+        probe(job.decoder, [largest] * at_once, job.optimizer, job.clock, meter, by_layer, last)
+    except torch.OutOfMemoryError:
+        raise OverBudget(the_plan, None) from None
     if meter.peak() > the_plan.budget_bytes:
-        raise over_budget(f"A trial step took {format_bytes(meter.peak())}", the_plan)
-
-
-def over_budget(fact: str, the_plan: Plan) -> BudgetError:
-    return BudgetError(
-        f"{fact}, and the budget is {format_bytes(the_plan.budget_bytes)}.",
-        f"The plan expected {format_bytes(the_plan.peak_bytes)}.",
-        "Try a smaller --batch-size or --max-seq-len, or --recompute layer.",
-        plan=the_plan,
-    )
+        raise OverBudget(the_plan, meter.peak())
+    return len(largest.input_ids)

@@ -25,6 +25,7 @@ from effitrain.kernels.dropout import dropout
 from effitrain.kernels.nf4_linear import multiply
 from effitrain.kernels.tiles import tiles_for
 
+WIDTHS = 16  # of which both widths must be multiples for our own product: loads of other widths are slow, and spill
 MAX_RANK = 128  # of an update that our own product adds: its tiles hold all of z and B at once
 GROUP = 8  # rows of tiles that share their columns of the weight in the card's cache
 
@@ -159,7 +160,7 @@ def project(x: Tensor, linear: Linear) -> tuple[Tensor, Tensor | None]:
     if not base.value_needed:
         return base.product(x), low
     z, up = _mixed(low, update), update.B.to(x.dtype).t()
-    if _fuses(x, low):
+    if _fuses(x, update):
         return fused_product(x, base.dense(x.dtype).t(), z, up, update.scale, base.bias), low
     return base.product(x).addmm_(z, up, alpha=update.scale), low
 
@@ -191,7 +192,7 @@ def input_gradient(grad: Tensor, dlow: Tensor | None, linear: Linear, into: Tens
     if update.dropout:
         total = base.transposed_product(grad, into)
         return dropout(dlow @ down, update.dropout, update.seed, into=total)
-    if _fuses(grad, dlow):
+    if _fuses(grad, update):
         return fused_product(grad, base.dense(grad.dtype), dlow, down, 1.0, into=into)
     return base.transposed_product(grad, into).addmm_(dlow, down)
 
@@ -243,11 +244,12 @@ def lora_linear(x: Tensor, linear: Linear) -> Tensor:
     return reference(x, linear)
 
 
-def _fuses(x: Tensor, low: Tensor) -> bool:
+def _fuses(x: Tensor, update: LowRank) -> bool:
     """Whether our own product makes y and adds the update: many rows, on cards where it is faster."""
     tiles = tiles_for(x.device)
-    few = len(x) <= tiles.nf4_fused_tokens or low.shape[1] > MAX_RANK
-    return tiles.lora_fused and not few and usable("lora_linear", x)
+    rank, width = update.A.shape
+    fits = rank <= MAX_RANK and width % WIDTHS == update.B.shape[0] % WIDTHS == 0
+    return tiles.lora_fused and fits and len(x) > tiles.nf4_fused_tokens and usable("lora_linear", x)
 
 
 def _mixed(low: Tensor, update: LowRank) -> Tensor:

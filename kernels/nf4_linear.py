@@ -83,21 +83,20 @@ def _nf4_linear_transposed(
     tl.store(y_ptr + out, tl.interleave(even, odd).to(y_ptr.dtype.element_ty), mask=m[:, None] < M)
 
 
-def fused(tokens: int, x: Tensor, weight: NF4Weight) -> bool:
-    """Whether the product of ``tokens`` rows of ``x``'s dtype with ``weight`` is best made without its floats."""
+def fused(x: Tensor, weight: NF4Weight) -> bool:
+    """Whether a product of ``x`` with ``weight``, either way, is best made without the weight's floats."""
     return (
         weight.shape[1] % BLOCK == 0
-        and tokens <= tiles_for(x.device).nf4_fused_tokens
+        and x.numel() <= tiles_for(x.device).nf4_fused_tokens * x.shape[-1]
         and usable("nf4_linear", x, weight.nested_absmax)
     )
 
 
 def product(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` without a record for backward, [..., out]."""
-    flat = rows_of(x)
-    if not fused(len(flat), flat, weight):
+    if not fused(x, weight):
         return F.linear(x, nf4_dequantize(weight, x.dtype), bias)
-    out, inp = weight.shape
+    flat, (out, inp) = rows_of(x), weight.shape
     tile, y = tiles_for(x.device).nf4, torch.empty(len(flat), out, dtype=x.dtype, device=x.device)
     _nf4_linear[(triton.cdiv(out, tile.n), triton.cdiv(len(flat), tile.m))](
         flat, *_parts(weight), y if bias is None else bias, y, len(flat), out, inp, BIAS=bias is not None,
@@ -108,10 +107,9 @@ def product(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
 
 def transposed_product(grad: Tensor, weight: NF4Weight) -> Tensor:
     """``g W`` [..., in]."""
-    flat = rows_of(grad)
-    if not fused(len(flat), flat, weight):
+    if not fused(grad, weight):
         return grad @ nf4_dequantize(weight, grad.dtype)
-    out, inp = weight.shape
+    flat, (out, inp) = rows_of(grad), weight.shape
     tile, y = tiles_for(grad.device).nf4, torch.empty(len(flat), inp, dtype=grad.dtype, device=grad.device)
     _nf4_linear_transposed[(inp // BLOCK, triton.cdiv(len(flat), tile.m))](
         flat, *_parts(weight), y, len(flat), inp, out, WIDE=not grad.is_cuda, BM=tile.m, BK=tile.n,

@@ -97,11 +97,20 @@ def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
 def gated_backward(
     grad: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, out: Tensor | None, activation: Activation
 ) -> None:
-    """Write the gradients of ``gate`` and ``up``, and the product itself to ``out`` if asked; on Triton's devices only.
+    """Write the gradients of ``gate`` and ``up``, and the product itself to ``out`` if asked.
 
     All are contiguous and of one dtype. The three results may lie in ``grad``, ``gate`` and ``up``, in any order: each
     element is read before it is written.
     """
+    if not usable("swiglu", gate, up):
+        g, u = (t.detach().requires_grad_() for t in (gate, up))
+        with torch.enable_grad():
+            product = reference(g, u, activation)
+        found = torch.autograd.grad(product, (g, u), grad)
+        for target, value in zip((dgate, dup, out), (*found, product.detach()), strict=True):
+            if target is not None:
+                target.copy_(value)
+        return
     _backward[(triton.cdiv(grad.numel(), ELEMENTS),)](
         grad, gate, up, dgate, dup, grad if out is None else out, grad.numel(),
         GELU=activation == "gelu", OUT=out is not None, ELEMENTS=ELEMENTS, num_warps=4,

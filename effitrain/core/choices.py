@@ -102,6 +102,7 @@ def _place(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBu
         resident = _most(layers - 1, lambda n: budget.gpu_bytes - gpu_bytes(ledger(n, 0)))
     left = layers - resident
     held = _most(left, lambda n: budget.host_bytes - host_bytes(ledger(resident, left - n)))
+    held = left if recipe.weights else held  # synthetic weights have no place on disk
     return _choice(spec, recipe, replace(settings, streamed=left, on_disk=left - held), budget)
 
 

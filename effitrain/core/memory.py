@@ -79,7 +79,8 @@ def saved_bytes(layer: LayerSpec, spec: ModelSpec, recipe: Recipe, c: int) -> tu
     norms = 2 * (4 * spec.hidden + 4)
     qk_norms = 4 * (queries + keys + (queries + keys) // spec.head_dim) if spec.qk_norm else 0
     attention = 2 * (queries + keys) * c + 4 * (queries // spec.head_dim)
-    wide = 2 + (spec.family == "gemma") + ("down_proj" in on)
+    product = "down_proj" in on and not recipe.lora_dropout
+    wide = 2 + (spec.family == "gemma") + product
     return (
         norms + qk_norms + attention + _adapters_keep(layer, on, ("q_proj", "k_proj", "v_proj"), "o_proj", recipe, c),
         wide * rows["gate_proj"] * c + _adapters_keep(layer, on, ("gate_proj", "up_proj"), "down_proj", recipe, c),
@@ -91,10 +92,10 @@ def _adapters_keep(
 ) -> int:
     """Bytes a token that the adapters of one block keep; the input of the leaving one is counted with the block."""
     mine = [linear for linear in layer.linears if linear.leaf in on and linear.leaf in (*entering, leaving)]
-    kept = len(mine) * recipe.lora_r * c + bool(on & set(entering)) * layer.linears[0].in_features * c
+    low = len(mine) * recipe.lora_r * c
     if recipe.lora_dropout:  # every adapter then has an input of its own and a mask
-        kept += sum((c + 1) * linear.in_features for linear in mine)
-    return kept
+        return low + sum((c + 1) * linear.in_features for linear in mine)
+    return low + bool(on & set(entering)) * layer.linears[0].in_features * c
 
 
 def _ceil(a: int, b: int) -> int:
@@ -250,7 +251,7 @@ def _layer_backward(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tupl
     if settings.recompute != "none":
         lines.append(_gpu("its adapter weights", _casts(layer, recipe, c), f"in {c} B each"))
     # down's adapter gives its share of the input's gradient first, and then has no use for its own input.
-    on_down = adapted(down, recipe)
+    on_down = adapted(down, recipe) and not recipe.lora_dropout
     weight = down.weights * c + 4 * _ceil(down.weights, BLOCK) if recipe.quant == "nf4" else 0
     at_down, at_gate = (1 + on_down) * tokens * ffn * c + weight, 3 * tokens * ffn * c
     edges = 1 + (settings.recompute != "none")

@@ -9,8 +9,8 @@ from effitrain.core.budget import MemoryBudget
 from effitrain.core.cards import TYPICAL, rates_of
 from effitrain.core.choices import CPU_MICRO_BATCH_TOKENS, SAMPLES_PER_STEP, Choice
 from effitrain.core.errors import BudgetError, InputError
-from effitrain.core.ledger import LedgerLine, Settings
-from effitrain.core.memory import adapted
+from effitrain.core.ledger import LedgerLine, Settings, gpu_bytes, host_bytes
+from effitrain.core.memory import adapted, make_ledger
 from effitrain.core.offers import Alternative, leaner, other_ways
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
@@ -95,6 +95,23 @@ def make_plan(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> Plan:
         proof=None,
         settings=choice.settings,
         tokens_per_second_estimate=round(choice.tokens_per_second, 1),
+    )
+
+
+def for_tokens(plan: Plan, spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, tokens: int) -> Plan:
+    """``plan`` with the peaks and the ledger of a micro-batch of ``tokens``, fewer than it has room for.
+
+    Args:
+        plan: made for the longest micro-batch possible.
+        spec: the shape of the model that is trained.
+        recipe: with every choice made.
+        budget: of the plan.
+        tokens: of the longest micro-batch of the data.
+    """
+    settings = dataclasses.replace(plan.settings, batch_size=1, max_seq_len=tokens)
+    ledger = make_ledger(spec, recipe, settings, budget)
+    return dataclasses.replace(
+        plan, ledger=ledger, peak_bytes=gpu_bytes(ledger), host_peak_bytes=host_bytes(ledger), micro_batch_tokens=tokens
     )
 
 

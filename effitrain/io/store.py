@@ -83,11 +83,6 @@ class Store:
     key: StoreKey
     layouts: tuple[Layout, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return folder_bytes(self.folder)
-
     def layout(self, layer: int) -> Layout:
         """How the bytes of ``layer`` are laid out."""
         return self.layouts[layer]

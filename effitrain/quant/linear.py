@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from effitrain.core.spec import LinearSpec
 from effitrain.io.nf4 import NF4Tensor
 from effitrain.kernels import nf4_linear
-from effitrain.kernels.backend import shaped, usable
+from effitrain.kernels.backend import shaped
 from effitrain.kernels.lora_linear import Linear
 from effitrain.quant.nf4 import dequantize
 
@@ -48,7 +48,7 @@ class FrozenLinear(nn.Module):
         if not self.value_needed:
             return x.new_zeros(*x.shape[:-1], self.out_features)
         weight = self.weight
-        if isinstance(weight, NF4Tensor) and usable("nf4_linear", x):
+        if isinstance(weight, NF4Tensor) and nf4_linear.fused(x, weight):
             return nf4_linear.product(x, weight, self.bias)
         return F.linear(x, self.dense(x.dtype), self.bias)
 
@@ -57,7 +57,7 @@ class FrozenLinear(nn.Module):
         if into is not None:
             return into.addmm_(grad, self.dense(grad.dtype))
         weight = self.weight
-        if isinstance(weight, NF4Tensor) and usable("nf4_linear", grad):
+        if isinstance(weight, NF4Tensor) and nf4_linear.fused(grad, weight):
             return nf4_linear.transposed_product(grad, weight)
         return grad @ self.dense(grad.dtype)
 

@@ -45,6 +45,7 @@ def ensure_store(
     spec: ModelSpec,
     weights: StoredWeights,
     progress: Callable[[int, int], None] = lambda done, parts: None,
+    device: torch.device | str = "cpu",
 ) -> Store:
     """The store of ``key`` below ``root``, built when it is not there.
 
@@ -57,17 +58,23 @@ def ensure_store(
         spec: the model's shape.
         weights: the checkpoint.
         progress: told how many parts are done, of how many.
+        device: where weights are quantised.
 
     Raises:
         InputError: a weight is missing or wrong, there is too little space, or the place cannot be written.
     """
-    return find_store(root, key) or _build(root, key, spec, weights, progress)
+    return find_store(root, key) or _build(root, key, spec, weights, progress, device)
 
 
 def _build(
-    root: Path, key: StoreKey, spec: ModelSpec, weights: StoredWeights, progress: Callable[[int, int], None]
+    root: Path,
+    key: StoreKey,
+    spec: ModelSpec,
+    weights: StoredWeights,
+    progress: Callable[[int, int], None],
+    device: torch.device | str,
 ) -> Store:
-    layers = FreshLayers(spec, weights, key.quant, key.dtype)
+    layers = FreshLayers(spec, weights, key.quant, key.dtype, device)
     layouts = tuple(layers.layout(layer) for layer in range(spec.num_layers))
     tables = table_shapes(spec)
     size = sum(math.prod(shape) * DTYPES[key.dtype].itemsize for table in tables.values() for shape in table.values())

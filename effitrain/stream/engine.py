@@ -94,7 +94,7 @@ class Engine:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
 
-    def begin(self, order: Sequence[int]) -> Schedule:
+    def begin(self, order: Sequence[int]) -> None:
         """Use layers in ``order`` from now on; what was planned before and not used is forgotten."""
         self.worker.drop()
         self._raise_error()
@@ -103,7 +103,6 @@ class Engine:
         self._issued = self._copied = self._freed = 0
         self._schedule = schedule(tuple(order), tuple(self._holds))
         self._issue()
-        return self._schedule
 
     @contextmanager
     def hold(self, layer: int) -> Iterator[int]:
@@ -132,14 +131,14 @@ class Engine:
         self._issue()
 
     def settled(self) -> Traffic:
-        """The counts, when every copy begun is counted; waits for them."""
-        self.worker.drop()
+        """The counts, when every copy asked for so far is counted; waits for them."""
+        self.worker.wait()
         self._settle()
         return self.traffic
 
     def timeline(self) -> list[Span]:
         """What the last pass did, in seconds from its first mark; without what the device has not come to."""
-        self.worker.drop()
+        self.worker.wait()
         found = []
         for span in self.spans:
             start = self.mover.seconds(self.spans[0].start, span.start)

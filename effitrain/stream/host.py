@@ -54,11 +54,6 @@ class HostLayers:
         pageable = [layer for layer, blob in self.blobs.items() if device.type == "cuda" and not blob.is_pinned()]
         self.pageable = frozenset(pageable)
 
-    @property
-    def nbytes(self) -> int:
-        """Host memory taken."""
-        return sum(blob.nbytes for blob in self.blobs.values())
-
     def read_ahead(self, layer: int) -> None:
         """``layer`` will be asked for soon: have the system read it when it is on disk."""
         if layer not in self.blobs:

@@ -66,6 +66,8 @@ class CudaMover:
     def __init__(self, host: HostLayers, slots: list[Tensor]):
         self.host, self.slots, self.device = host, slots, slots[0].device
         self.stream = torch.cuda.Stream(self.device)
+        # The slots' memory may have been another tensor's, whose last kernels still run.
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         self._filled: dict[int, torch.cuda.Event] = {}
         self._free: dict[int, torch.cuda.Event] = {}
         self._staging: list[Tensor] = []

@@ -27,7 +27,11 @@ class Background:
         """Forget the jobs that have not begun, and wait for the one that has."""
         with self._lock:
             self._jobs.clear()
-            thread = self._thread
+        self.wait()
+
+    def wait(self) -> None:
+        """Until every job is done."""
+        thread = self._thread
         if thread is not None:
             thread.join()
 
@@ -50,3 +54,6 @@ class Inline:
 
     def drop(self) -> None:
         """There is never one waiting."""
+
+    def wait(self) -> None:
+        """Every job is done."""

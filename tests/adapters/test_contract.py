@@ -8,6 +8,7 @@ from effitrain.adapters.base import AdapterConfig, Clock, adapter_class, kinds, 
 from effitrain.adapters.storage import load_into, read_adapter, save_adapter
 from effitrain.core.errors import InputError
 from effitrain.core.spec import Axis, LinearSpec
+from effitrain.kernels.lora_linear import Linear, reference
 from effitrain.quant.linear import FrozenLinear
 from effitrain.quant.nf4 import quantize
 
@@ -71,6 +72,17 @@ def test_forward_is_the_merged_weight_in_float64(kind, config, lead):
     torch.testing.assert_close(adapter(x, linear.matmul(x)), x @ merged.T, rtol=1e-10, atol=1e-10)
     left, right = adapter.factors()
     torch.testing.assert_close(adapter.delta_weight(), config.scaling * (left @ right))
+
+
+def test_the_fused_kernels_get_the_same_update(kind, config):
+    linear = _linear(quantised=False)
+    linear.weight = linear.weight.double()
+    adapter = _train_a_little(_adapter(kind, config, linear), torch.float64)
+    update = adapter.low_rank()
+    if update is None:
+        pytest.skip(f"{kind} is no low-rank update of this form")
+    x = torch.randn(3, IN, dtype=torch.float64)
+    torch.testing.assert_close(reference(x, Linear(linear, update)), adapter(x, linear.matmul(x)))
 
 
 def test_gradients_in_float64(kind, config):

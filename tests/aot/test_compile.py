@@ -104,14 +104,26 @@ def cases(half: str = "bf16") -> Iterator[Case]:
 CASES = list(cases())
 
 
-def compiled(case: Case, architecture: int) -> dict[str, Any]:
-    """Registers a thread, bytes of stack, local and shared memory, and the code."""
+def compiled(
+    case: Case, architecture: int, odd: frozenset[str] = frozenset(), ones: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Registers a thread, bytes of stack, local and shared memory, and whether tensor cores compute.
+
+    Args:
+        case: what to compile.
+        architecture: compute capability, such as 89.
+        odd: names of arguments that are no multiples of 16; the launcher specialises for those that are.
+        ones: names of integers that are 1, which the launcher makes constants.
+    """
     names, types = case.kernel.arg_names, iter(case.types.split())
     signature = {name: "constexpr" if name in case.constants else next(types) for name in names}
     assert next(types, None) is None, "more types than arguments"
-    # Tensors begin on 16 bytes, and model sizes are multiples of 16: so the launcher specialises.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] in "*i"}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=aligned)
+    ones &= {name for name, kind in signature.items() if kind == "i32"}
+    signature.update(dict.fromkeys(ones, "constexpr"))
+    even = [i for i, name in enumerate(names) if signature[name][0] in "*i" and name not in odd]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in even}
+    constants = {**case.constants, **dict.fromkeys(ones, 1)}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": case.warps, "num_stages": case.stages, **case.options}
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
@@ -147,6 +159,18 @@ def test_compiles_within_the_card(case, architecture):
 def test_compiles_in_other_precisions(case, architecture):
     found = compiled(case, architecture)
     assert found["spilled"] == 0 and found["shared"] <= SHARED_KIB[architecture] * 1024
+
+
+# What the launcher makes of one token, one row, one head, a first seed, and of widths that pruning left odd.
+ONES = frozenset({"M", "rows", "count", "heads", "positions", "share", "seed"})
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_compiles_as_it_is_specialised(case):
+    ours = case.kernel is lora_linear._lora_linear  # which is not used for odd widths, but is for any rank
+    odd = frozenset({"R"}) if ours else frozenset(case.kernel.arg_names)
+    assert compiled(case, 89, odd)["spilled"] == 0
+    assert compiled(case, 89, ones=ONES)["spilled"] == 0
 
 
 def test_the_table_has_every_case_and_no_other():

@@ -23,7 +23,8 @@ DATA = (
 RUN = f"""
     {DATA} --config --model --weights --eval-dataset --eval-fraction --eval-every
     --output-dir -o --save-every --keep-checkpoints --resume --report-to
-    --gpu-mem --host-mem --gpu --fit --prefer --resident-layers --quant --dtype --recompute --offload-activations
+    --gpu-mem --host-mem --gpu --fit --prefer --resident-layers --stream-order --quant --dtype --recompute
+    --offload-activations
     --prune-ratio --prune-parts --prune-exempt
     --max-seq-len --batch-size --grad-accum --lr --schedule --warmup --epochs --max-steps --seed
     --weight-decay --max-grad-norm --optimizer
@@ -33,8 +34,8 @@ RUN = f"""
 """
 PRUNE = "--prune-ratio --prune-parts --prune-score --prune-round --prune-exempt --align --calib-dataset"
 FLAGS = {
-    "plan": f"{RUN} --json",
-    "run": f"{RUN} --dry-run --json --quiet",
+    "plan": f"{RUN} --prove --json",
+    "run": f"{RUN} --prove --dry-run --json --quiet",
     "eval": f"{ADAPT} {DATA} --json",
     "chat": f"{ADAPT} --template --prompt --max-new-tokens --temperature",
     "prune": f"{PRUNE} {DATA} --config --model --eval-dataset --eval-fraction --max-seq-len --seed --dtype"
@@ -42,6 +43,7 @@ FLAGS = {
     "recover": "--model --output-dir -o --config --adapter --keep",
     "export": "--model --output-dir -o --config --adapter --to",
     "doctor": "",
+    "store": "",
     "bench": "",
 }
 
@@ -124,12 +126,14 @@ PLAN = {
     "gpu_mem": 2**30, "host_mem": 2**30, "gpu": "t4", "quant": "nf4", "dtype": "fp32", "recompute": "layer",
     "max_seq_len": 40, "batch_size": 2, "grad_accum": 3, "optimizer": "adamw8bit", "lora_r": 2,
     "lora_targets": ("q_proj",), "model": "llama-3.2-1b", "fit": "stream", "offload_activations": "on",
-    "prefer": "fast", "resident_layers": 0, "prune_ratio": 0.5, "prune_parts": "ffn", "prune_exempt": (0, 0),
+    "prefer": "fast", "resident_layers": 0, "stream_order": "layer", "prune_ratio": 0.5, "prune_parts": "ffn",
+    "prune_exempt": (0, 0),
 }  # fmt: skip
 # Fields that matter only beside others.
 BESIDE = {
     "prefer": {"model": "llama-70b", "gpu_mem": 20 * 2**30, "host_mem": 2**36, "quant": "nf4", "gpu": "rtx4090"},
-    "resident_layers": {"fit": "stream"}, "prune_ratio": {"model": "llama-3.2-1b"},
+    "resident_layers": {"fit": "stream"}, "stream_order": {"fit": "stream", "batch_size": 1, "grad_accum": 2},
+    "prune_ratio": {"model": "llama-3.2-1b"},
     "prune_parts": {"model": "llama-3.2-1b", "prune_ratio": 0.5},
     "prune_exempt": {"model": "llama-3.2-1b", "prune_ratio": 0.5},
 }  # fmt: skip

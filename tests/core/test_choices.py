@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from effitrain.core.budget import GIB, MemoryBudget
+from effitrain.core.cards import Rates
 from effitrain.core.choices import Choice, best, leanest, list_choices, sequence_length
 from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
@@ -48,7 +49,10 @@ def test_eight_bit_states_come_only_on_top_of_the_leanest() -> None:
 
 
 def test_streamed_layers_stay_where_there_is_room() -> None:
-    spec, recipe = preset("llama-70b"), make_recipe({"batch_size": 1, "max_seq_len": 4096, "optimizer": "adamw"})
+    spec, recipe = (
+        preset("llama-70b"),
+        make_recipe({"batch_size": 1, "max_seq_len": 4096, "optimizer": "adamw", "grad_accum": 1}),
+    )
 
     def streamed(gpu: int, host: int) -> Choice:
         (choice,) = list_choices(spec, recipe, MemoryBudget(gpu, host, GIB, "cuda"), "streamed")
@@ -64,6 +68,23 @@ def test_streamed_layers_stay_where_there_is_room() -> None:
     assert 0 < short.settings.on_disk < short.settings.streamed and short.host_peak <= 16 * GIB
     assert streamed(20 * GIB, short.host_peak).settings == short.settings
     assert streamed(20 * GIB, short.host_peak - 1).settings.on_disk == short.settings.on_disk + 1
+    made_up = list_choices(
+        spec, recipe.changed(weights="synthetic"), MemoryBudget(20 * GIB, 16 * GIB, GIB, "cuda"), "streamed"
+    )
+    assert not made_up[0].settings.on_disk and made_up[0].host_peak > 16 * GIB
+
+
+def test_by_layer_is_chosen_where_copies_would_show() -> None:
+    spec, slow = preset("llama-70b"), Rates(165e12, 1e12, 3e9)
+    recipe = make_recipe({"batch_size": 1, "grad_accum": 8, "max_seq_len": 1024, "optimizer": "adamw"})
+    for rates, expected in ((slow, True), (Rates(165e12, 1e12, 1e12), False)):
+        budget = MemoryBudget(20 * GIB, 64 * GIB, GIB, "cuda", rates=rates)
+        chosen = best(list_choices(spec, recipe, budget, "streamed"), budget)
+        assert chosen.settings.by_layer == expected and chosen.fits(budget)
+    together, one = (
+        list_choices(spec, recipe.changed(stream_order=o), budget, "streamed")[0] for o in ("layer", "micro-batch")
+    )
+    assert together.host_peak - one.host_peak > 7 * 80 * 1024 * 8192 * 2 - 10 * GIB
 
 
 def test_the_peak_of_streaming_does_not_grow_with_the_layers() -> None:

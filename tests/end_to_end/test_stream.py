@@ -57,6 +57,15 @@ def test_run_eval_and_chat(asked, quant):
     assert answers[0] == answers[1]
 
 
+def test_layer_order_gives_the_same_bytes_with_fewer_copies(asked):
+    """4 micro-batches a step: 2 (4 - 3) copies instead of 8 (4 - 3)."""
+    fields = {"fit": "stream", "resident_layers": 0, "grad_accum": 4}
+    orders = {order: asked(order, **fields, stream_order=order) for order in ("micro-batch", "layer")}
+    copies = {order: api.run(made).stream["copies"] for order, made in orders.items()}
+    assert result(orders["layer"]) == result(orders["micro-batch"])
+    assert copies["layer"] <= 2 * STEPS + 4 and copies["micro-batch"] >= 8 * STEPS
+
+
 def test_a_stopped_run_goes_on_to_the_same_bytes(asked):
     undisturbed, stopped = asked("undisturbed", fit="stream"), asked("stopped", fit="stream")
 
@@ -81,7 +90,14 @@ def test_short_host_memory_reads_from_disk(asked, tiny_model):
     blob = next(line.bytes for line in needed.ledger if line.what == "streamed layers") // 8
     short = asked("short", **fields, host_mem=needed.host_peak_bytes - 2 * blob + 1)
     assert 0 < plan(short).settings.on_disk < 8
-    api.run(short)
+    loaded = []
+
+    class Counts(api.Events):
+        def loaded(self, part, layers):
+            loaded.append(part)
+
+    api.run(short, Counts())
+    assert sorted(loaded) == [f"model.layers.{layer}" for layer in range(8)]
     assert result(short) == result(roomy)
 
 

@@ -1,18 +1,25 @@
 """The engine with kernels (in Triton's interpreter) against the engine without: loss and every gradient, in float32."""
 
 import sys
+from importlib import import_module
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
-from effitrain.adapters.attach import attach
+from effitrain.adapters.attach import adapters, attach
 from effitrain.adapters.base import AdapterConfig, Clock
+from effitrain.adapters.lora import LoRA
 from effitrain.kernels import backend
 from effitrain.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
-from effitrain.model.load import find_base, load_model
+from effitrain.model.decoder import build
+from effitrain.model.load import fill, find_base, load_model, stream
 from effitrain.planning import recipe
+from effitrain.stream.fresh import FreshLayers
+from effitrain.stream.placement import place
 
 pytestmark = pytest.mark.interpreter
+CPU = torch.device("cpu")
 LENGTHS = (3, 9, 1)
 # Some two hundred float32 roundings in another order; the largest gradient of a tensor is the scale.
 TOLERANCE = 1e-4
@@ -20,7 +27,7 @@ TOLERANCE = 1e-4
 
 def _decoder(folder, quant, targets):
     asked = recipe(model=str(folder), quant=quant, dtype="fp32")
-    decoder = load_model(find_base(str(folder)), asked, torch.device("cpu"))
+    decoder = load_model(find_base(str(folder)), asked, CPU)
     for adapter in attach(decoder, AdapterConfig(r=4, alpha=8, targets=targets), Clock(0)).values():
         left, right = adapter.factors()
         adapter.load_factors(torch.randn(left.shape), right)
@@ -62,6 +69,42 @@ def test_loss_and_gradients(tiny_model, close, monkeypatch, family, quant, what,
         close(value, wanted, TOLERANCE)
 
 
+def test_widths_as_pruning_leaves_them(tiny_model, close, monkeypatch):
+    """No multiple of anything: three heads of 12, each with its own keys, 53 channels."""
+    decoder = _decoder(tiny_model("llama", layers=1, hidden=36, heads=3, kv_heads=3, ffn=53), "nf4", None)
+    found = _loss_and_gradients(decoder)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    for value, wanted in zip(found, _loss_and_gradients(decoder), strict=True):
+        close(value, wanted, TOLERANCE)
+
+
+KERNELS = [
+    "nf4_dequantize",
+    "nf4_linear",
+    "lora_linear",
+    "lora_qkv",
+    "lora_mlp",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "dropout",
+]
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "linear_cross_entropy"])
+def test_without_one_kernel(tiny_model, close, monkeypatch, kernel):
+    """What the doctor switches off is replaced alone, also inside the functions that are made of several."""
+    decoder = _decoder(tiny_model("llama", layers=1), "nf4", ALL)
+    wanted = _loss_and_gradients(decoder)
+    monkeypatch.setenv("EFFITRAIN_KERNELS_OFF", kernel)
+    room = import_module(f"effitrain.kernels.{kernel}")
+    for name in [name for name, value in vars(room).items() if isinstance(value, InterpretedFunction)]:
+        if vars(room)[name].fn.__module__ == room.__name__:
+            monkeypatch.setattr(room, name, None)  # whoever launches it fails
+    for value, want in zip(_loss_and_gradients(decoder), wanted, strict=True):
+        close(value, want, TOLERANCE)
+
+
 def test_every_kernel_takes_part(tiny_model, monkeypatch):
     asked, usable = set(), backend.usable
     decoder = _decoder(tiny_model("qwen3", layers=1), "nf4", ALL)
@@ -85,3 +128,52 @@ def test_every_kernel_takes_part(tiny_model, monkeypatch):
         "rope",
         "swiglu",
     }
+
+
+def _streamed(folder, slots):
+    """One resident and two streamed layers, with LoRA on all linears."""
+    base = find_base(str(folder))
+    decoder = build(base.spec, base.source.config, "trial")
+    placement = place(3, 1, slots)
+    fill(decoder, base.weights(), "nf4", torch.float32, CPU, streamed=placement.streamed)
+    stream(decoder, FreshLayers(base.spec, base.weights(), "nf4", "fp32"), placement, CPU)
+    attach(decoder, AdapterConfig(r=4, alpha=8), Clock(0))
+    decoder.set_recompute("layer")
+    return decoder
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_streamed_layers(tiny_model, close, monkeypatch, slots):
+    """Slots are written anew between forward and backward: the kernels must read the layer that is there by then."""
+    decoder = _streamed(tiny_model("llama", layers=3), slots)
+    torch.manual_seed(0)
+    for parameter in decoder.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn(parameter.shape))
+    found = _loss_and_gradients(decoder)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    for value, wanted in zip(found, _loss_and_gradients(decoder), strict=True):
+        close(value, wanted, TOLERANCE)
+
+
+def test_recomputation_drops_what_was_dropped(tiny_model, close):
+    decoder = _decoder(tiny_model("llama", layers=1), "nf4", None)
+    for adapter in adapters(decoder).values():
+        adapter.dropout = 0.4
+    results = []
+    for what in ("none", "layer"):
+        decoder.set_recompute(what)
+        results.append(_loss_and_gradients(decoder))
+    for value, wanted in zip(*results, strict=True):
+        close(value, wanted, 1e-6)
+    for adapter in adapters(decoder).values():
+        adapter.dropout = 0.0
+    assert not torch.allclose(_loss_and_gradients(decoder)[0], results[0][0])
+
+
+def test_an_adapter_of_another_form_goes_its_own_way(tiny_model, close, monkeypatch):
+    decoder = _decoder(tiny_model("llama", layers=1), "nf4", None)
+    wanted = _loss_and_gradients(decoder)
+    monkeypatch.setattr(LoRA, "low_rank", lambda self: None)
+    for value, want in zip(_loss_and_gradients(decoder), wanted, strict=True):
+        close(value, want, TOLERANCE)

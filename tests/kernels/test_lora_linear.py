@@ -20,6 +20,7 @@ def fused(request, monkeypatch):
     """Both ways to add the update, the fused one in small tiles."""
     tiles = replace(tiles_for(torch.device("cpu")), lora_fused=request.param, lora=Tile(16, 32, 32, 4, 2))
     monkeypatch.setattr(room, "tiles_for", lambda device: replace(tiles, nf4_fused_tokens=0))
+    monkeypatch.setattr(room, "WIDTHS", 1)  # odd widths too: what is beyond an edge must not count
     return request.param
 
 
@@ -55,13 +56,15 @@ def test_the_fused_product_is_taken(lora, fused, monkeypatch):
 
 
 @interpreter
-@pytest.mark.parametrize(("tokens", "rank"), [(4, 4), (9, 129)])
-def test_few_tokens_and_high_ranks_are_left_to_cublas(lora, monkeypatch, tokens, rank):
+@pytest.mark.parametrize(
+    ("tokens", "rank", "out", "inp"), [(4, 4, 32, 64), (9, 129, 32, 64), (9, 4, 33, 64), (9, 4, 32, 70)]
+)
+def test_few_tokens_high_ranks_and_odd_widths_are_left_to_cublas(lora, monkeypatch, tokens, rank, out, inp):
     tiles = replace(tiles_for(torch.device("cpu")), lora_fused=True, nf4_fused_tokens=4)
     monkeypatch.setattr(room, "tiles_for", lambda device: tiles)
     monkeypatch.setattr(room, "fused_product", None)
-    x = torch.randn(tokens, 64, requires_grad=True)
-    linear = Linear(lora.frozen(32, 64), lora.update(32, 64, rank))
+    x = torch.randn(tokens, inp, requires_grad=True)
+    linear = Linear(lora.frozen(out, inp), lora.update(out, inp, rank))
     lora.check(x, [linear], lambda x, parts: lora_linear(x, parts[0]), lambda x, parts: reference(x, parts[0]))
 
 

@@ -47,19 +47,20 @@ def make_trial(
     dtype: str = "fp32",
     source=None,
     bytes_per_second: float | None = None,
+    device: torch.device = CPU,
     **adapter,
 ) -> Trial:
     """The model in ``folder``: with ``placement`` streamed, without it resident and recomputed layer by layer."""
     base = find_base(str(folder))
     decoder = build(base.spec, base.source.config, "trial")
     streamed = placement.streamed if placement else ()
-    fill(decoder, base.weights(), quant, DTYPES[dtype], CPU, streamed=streamed)
+    fill(decoder, base.weights(), quant, DTYPES[dtype], device, streamed=streamed)
     if placement:
         stream(
             decoder,
-            source or FreshLayers(base.spec, base.weights(), quant, dtype),
+            source or FreshLayers(base.spec, base.weights(), quant, dtype, device),
             placement,
-            CPU,
+            device,
             bytes_per_second=bytes_per_second,
         )
     decoder.set_recompute("layer")
@@ -69,13 +70,13 @@ def make_trial(
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         for parameter in parameters:
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(device)
     return Trial(decoder, clock, parameters)
 
 
 @pytest.fixture(scope="session")
 def trial() -> Callable[..., Trial]:
-    """``trial(folder, placement, quant, dtype, source, bytes_per_second, **adapter)``."""
+    """``trial(folder, placement, quant, dtype, source, bytes_per_second, device, **adapter)``."""
     return make_trial
 
 

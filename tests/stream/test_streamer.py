@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from effitrain.stream.engine import Engine
+from effitrain.stream.offload import Offload
 from effitrain.stream.placement import place
 
 LAYERS = 5
@@ -152,6 +153,16 @@ def test_a_failing_copy_is_told_and_the_next_pass_starts_afresh(resident, trial,
     assert equal(streamed.step(micro_batches()), expected)
 
 
+def test_asking_for_the_counts_in_the_middle_of_a_step_changes_nothing(resident, trial, micro_batches, sleepy):
+    folder, expected = resident("llama")
+    streamed = sleepy(trial(folder, place(LAYERS, 0, 2)), 1)
+    streamer, seen = streamed.decoder.streamer, []
+    for layer in streamed.decoder.layers:
+        layer.register_forward_pre_hook(lambda *args: seen.append(streamer.traffic.copies))
+    assert equal(streamed.step(micro_batches()), expected)
+    assert seen == sorted(seen) and seen[0] < seen[-1] <= streamer.traffic.copies
+
+
 def test_a_step_that_stops_half_way_leaves_no_trace(resident, trial, micro_batches):
     folder, expected = resident("llama")
     streamed = trial(folder, place(LAYERS, 1, 2))
@@ -183,3 +194,17 @@ def test_a_real_model(data_dir, trial, micro_batches, sleepy, slots, quant):
         streamed = sleepy(trial(folder, place(layers, count, slots), quant), count)
         for by_layer in (False, True):
             assert equal(streamed.step(batches, by_layer), expected)
+
+
+def test_layer_inputs_may_wait_on_the_host_too(resident, trial, micro_batches):
+    folder, expected = resident("llama")
+    micro = micro_batches()
+    tokens = max(len(batch.input_ids) for batch in micro)
+    for by_layer in (False, True):
+        streamed = trial(folder, place(LAYERS, 1, 2))
+        inputs = LAYERS * (len(micro) if by_layer else 1)
+        streamed.decoder.offload = Offload(
+            inputs, tokens, streamed.decoder.spec.hidden, torch.float32, torch.device("cpu")
+        )
+        for _ in range(2):
+            assert equal(streamed.step(micro, by_layer), expected)

@@ -1,0 +1,63 @@
+"""Streaming on a card: the bits of the resident step, from pinned, pageable and stored layers, with real overlap."""
+
+import pytest
+import torch
+
+from effitrain.io.checkpoint import open_checkpoint
+from effitrain.io.store import StoreKey
+from effitrain.model.load import find_base
+from effitrain.stream.build import ensure_store
+from effitrain.stream.placement import place
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
+]
+LAYERS, CUDA = 6, torch.device("cuda")
+SHAPE = {"layers": LAYERS, "hidden": 256, "heads": 4, "kv_heads": 2, "ffn": 768}
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("resident", [0, 2])
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_the_bits_of_the_resident_step(tiny_model, trial, micro_batches, quant, slots, resident):
+    folder, micro = tiny_model("llama", **SHAPE), micro_batches(3, longest=200)
+    expected = trial(folder, None, quant, "bf16", device=CUDA).step(micro)
+    streamed = trial(folder, place(LAYERS, resident, slots), quant, "bf16", device=CUDA)
+    for by_layer in (False, True, False, True):
+        found = streamed.step(micro, by_layer)
+        assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+    traffic = streamed.decoder.streamer.traffic
+    assert traffic.copies and traffic.copy_seconds > 0 and 0 <= traffic.hidden_share <= 1
+
+
+@pytest.mark.parametrize("tier", ["disk", "pageable"])
+def test_staged_layers(tiny_model, trial, micro_batches, tmp_path, monkeypatch, tier):
+    if tier == "pageable":
+        monkeypatch.setattr(
+            "effitrain.stream.host.pinned_empty", lambda shape, dtype, device: torch.empty(shape, dtype=dtype)
+        )
+    folder, micro = tiny_model("llama", **SHAPE), micro_batches(2, longest=200)
+    base, checkpoint = find_base(str(folder)), open_checkpoint(folder)
+    key = StoreKey("model", checkpoint.fingerprint(), "nf4", "bf16")
+    store = ensure_store(tmp_path, key, base.spec, checkpoint, device=CUDA)
+    expected = trial(folder, None, "nf4", "bf16", device=CUDA).step(micro)
+    placement = place(LAYERS, 0, 2, disk_layers=LAYERS if tier == "disk" else 0)
+    streamed = trial(folder, placement, "nf4", "bf16", source=store, device=CUDA)
+    assert len(streamed.decoder.streamer.host.pageable) == (LAYERS if tier == "pageable" else 0)
+    for by_layer in (False, True):
+        assert all(map(torch.equal, streamed.step(micro, by_layer), expected))
+
+
+def test_no_device_memory_is_asked_for_in_steady_state(tiny_model, trial, micro_batches):
+    streamed, micro = (
+        trial(tiny_model("llama", **SHAPE), place(LAYERS, 0, 2), "nf4", "bf16", device=CUDA),
+        micro_batches(),
+    )
+    for _ in range(2):
+        streamed.step(micro)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    for _ in range(3):
+        streamed.step(micro)
+    assert torch.cuda.memory_stats()["num_device_alloc"] == before
