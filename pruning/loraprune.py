@@ -79,7 +79,7 @@ class LoRAPrune:
             return
         share = 1.0 if step == self.steps else removed_share(step / self.steps)
         for key, mask in self.masks.items():
-            count = int(self.removed[key] * share)
+            count = round(self.removed[key] * share)  # rounded down, the only KV head to go would go at the very end
             order = torch.argsort(torch.where(mask > 0, self.scores[key], -1.0), stable=True)
             mask[order[:count]] = 0
 

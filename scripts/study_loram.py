@@ -47,7 +47,7 @@ def main() -> None:
     bench = Bench(
         data / "models/stories3M", gsm8k(data, "train_3000"), gsm8k(data, "test_500"), 25 if asked.quick else 150
     )
-    steps, seeds, cuts = (12, 1, QUICK) if asked.quick else (asked.steps, asked.seeds, CUTS[: asked.rows])
+    steps, seeds, cuts = (4, 1, QUICK) if asked.quick else (asked.steps, asked.seeds, CUTS[: asked.rows])
     study: dict[str, Any] = {"model": "stories3M", "text": "GSM8K", "steps": steps, "lr": LR, "base": 0.0, "runs": []}
     study["base"] = bench.loss(bench.decoder())
     asked.output.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     data = Path(os.environ["EFFITRAIN_DATA"])
     bench = Bench(data / "models/stories3M", stories(data, "train"), stories(data, "valid"), 25 if asked.quick else 100)
-    steps, seeds = (10, 1) if asked.quick else (asked.steps, asked.seeds)
+    steps, seeds = (4, 1) if asked.quick else (asked.steps, asked.seeds)
     ratios, rates = (RATIOS[:1], RATES[1:2]) if asked.quick else (RATIOS[: asked.ratios], RATES[: asked.rates])
     study: dict[str, Any] = {"model": "stories3M", "text": "TinyStories", "steps": steps, "runs": []}
     study["base"] = math.exp(bench.loss(bench.decoder()))

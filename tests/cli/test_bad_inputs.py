@@ -30,7 +30,6 @@ USAGE = {
     "unknown method": (lambda p: p.run(method="loro"), ("--method", "loro", "lora")),
     "unknown method of a plan": (lambda p: p.run("plan", method="loro"), ("--method", "loro", "lora")),
     "unknown target": (lambda p: p.run(lora_targets="q_proj,qproj"), ("qproj", "--lora-targets", "down_proj")),
-    "fit of a later version": (lambda p: p.run(fit="prune", model="tiny"), ("--fit prune", "this version")),
     "offload of what is kept": (
         lambda p: p.run(recompute="none", offload_activations="on"),
         ("--offload-activations on", "--recompute none"),

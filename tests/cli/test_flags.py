@@ -161,7 +161,7 @@ REFUSED = {
 
 def test_every_field_has_its_place():
     places = [*PLAN, *TOKENS, *TRAINING, *FILES, *PRUNING, *REFUSED]
-    assert sorted(places) == sorted(Recipe.model_fields)
+    assert sorted({*places}) == sorted(Recipe.model_fields)
 
 
 @pytest.fixture(scope="module")

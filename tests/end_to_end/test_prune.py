@@ -198,3 +198,13 @@ def test_loraprune_goes_on_from_a_checkpoint_as_if_nothing_had_happened(pruned_w
     assert answer.code == 0 and "step 8 of 20" in answer.out, answer
     weights = [(out / "model/model.safetensors").read_bytes() for out in (copy, pruned_while_training)]
     assert weights[0] == weights[1] and losses(copy) == losses(pruned_while_training)
+
+
+@pytest.mark.parametrize(("budget", "at_most", "streams"), [("24G", 16.2, False), ("12G", 12, True), ("8G", 8, True)])
+def test_70b_at_085_fits_and_streams_where_that_is_not_enough(effitrain, budget, at_most, streams):
+    """Rank 16, float32 adapters and states, head in bf16, one sample of 2,048 tokens."""
+    sizes = ["--prune-ratio", 0.85, "--max-seq-len", 2048, "--batch-size", 1, "--gpu-mem", budget, "--host-mem", "64G"]
+    answer = effitrain("plan", "--model", "llama-70b", "--fit", "prune", *sizes, "--json")
+    plan = json.loads(answer.out)
+    assert plan["fits"] and plan["fit"] == "prune" and plan["peak_bytes"] <= at_most * 2**30
+    assert (plan["settings"]["streamed"] > 0) == streams and plan["settings"]["optimizer"] == "adamw"
