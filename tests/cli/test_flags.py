@@ -126,16 +126,12 @@ PLAN = {
     "gpu_mem": 2**30, "host_mem": 2**30, "gpu": "t4", "quant": "nf4", "dtype": "fp32", "recompute": "layer",
     "max_seq_len": 40, "batch_size": 2, "grad_accum": 3, "optimizer": "adamw8bit", "lora_r": 2,
     "lora_targets": ("q_proj",), "model": "llama-3.2-1b", "fit": "stream", "offload_activations": "on",
-    "prefer": "fast", "resident_layers": 0, "stream_order": "layer", "prune_ratio": 0.5, "prune_parts": "ffn",
-    "prune_exempt": (0, 0),
+    "prefer": "fast", "resident_layers": 0, "stream_order": "micro-batch",
 }  # fmt: skip
 # Fields that matter only beside others.
 BESIDE = {
     "prefer": {"model": "llama-70b", "gpu_mem": 20 * 2**30, "host_mem": 2**36, "quant": "nf4", "gpu": "rtx4090"},
     "resident_layers": {"fit": "stream"}, "stream_order": {"fit": "stream", "batch_size": 1, "grad_accum": 2},
-    "prune_ratio": {"model": "llama-3.2-1b"},
-    "prune_parts": {"model": "llama-3.2-1b", "prune_ratio": 0.5},
-    "prune_exempt": {"model": "llama-3.2-1b", "prune_ratio": 0.5},
 }  # fmt: skip
 TOKENS = {
     "dataset": "other", "format": "text", "columns": {"completion": "text"}, "template": "chatml",

@@ -11,6 +11,7 @@ STEPS = 12
 PLAN_KEYS = {
     *("fits", "fit", "budget_bytes", "peak_bytes", "host_peak_bytes", "overhead_bytes", "resident_layers"),
     *("prune_ratio", "micro_batch_tokens", "model", "ledger", "alternatives", "reasons", "proof", "settings"),
+    "tokens_per_second_estimate",
 }
 REPORT_KEYS = {
     *("model", "fit", "method", "steps", "tokens", "seconds", "tokens_per_second", "loss", "memory", "data"),

@@ -5,7 +5,6 @@ Tolerances are the project's promise: 3 % on shapes, 5 % on a CPU.
 
 import itertools
 import logging
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,7 +110,7 @@ def test_the_twin_of_the_8bit_optimizer_has_its_states(size: int) -> None:
 
 
 def test_no_logits_of_all_tokens_and_no_fp32_copy_of_a_frozen_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every storage of an 8B step at 8,192 tokens: none as large as tokens x vocabulary, none of a weight's size in fp32."""
+    """Every storage of an 8B step at 8,192 tokens: none of tokens x vocabulary, none of a weight's size in fp32."""
     spec, config = preset("llama-3.1-8b")
     sizes: set[tuple[int, torch.dtype]] = set()
 
