@@ -15,6 +15,8 @@ from effitrain.core.spec import LayerSpec, ModelSpec
 EFFICIENCY = 0.6
 # Bytes moved to dequantise one weight to 16 bits: 0.516 read, 2 written.
 DEQUANT_BYTES = 2.516
+# What is left of the speed where layers come from a disk: an assumption, so that memory is preferred when both hide.
+DISK_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def step_time(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates)
 
 def tokens_per_second(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates) -> float:
     """Estimated speed of training."""
-    return settings.tokens / step_time(spec, recipe, settings, rates).total
+    share = DISK_SHARE if settings.on_disk else 1.0
+    return share * settings.tokens / step_time(spec, recipe, settings, rates).total
 
 
 def tokens_to_hide(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates) -> int:
