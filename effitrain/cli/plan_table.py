@@ -22,8 +22,7 @@ def print_plan(plan: Plan, terminal: Terminal | None = None) -> None:
         f" Peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)},"
         f" host {format_bytes(plan.host_peak_bytes)}."
     )
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asdict(plan.settings).items())
-    terminal.print(f"[dim]{settings}[/]")
+    terminal.print(f"[dim]{_settings(plan)}[/]")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title, side in (("what", "left"), ("bytes", "right"), ("how", "left")):
         table.add_column(title, justify=side, no_wrap=title != "how")  # type: ignore[arg-type]
@@ -39,6 +38,13 @@ def print_plan(plan: Plan, terminal: Terminal | None = None) -> None:
         _print_proof(plan.proof, terminal)
     for reason in plan.reasons:
         terminal.print(f"[dim]{reason}[/]")
+
+
+def _settings(plan: Plan) -> str:
+    """The chosen settings that do something, and the estimated speed."""
+    shown = {name: value for name, value in asdict(plan.settings).items() if value not in (False, 0)}
+    words = [name.replace("_", " ") + ("" if value is True else f" {value}") for name, value in shown.items()]
+    return ", ".join([*words, f"about {plan.tokens_per_second_estimate:,.0f} tokens/s"])
 
 
 def _print_proof(proof: Mapping[str, Any], terminal: Terminal) -> None:

@@ -10,6 +10,9 @@ from effitrain.report.style import PAGE
 
 PLACES = {"gpu": "On the device, at the peak", "host": "In host memory", "disk": "On disk"}
 STEP_ROWS = 25  # steps listed at most, evenly spaced; metrics.jsonl has them all
+# Of a ledger's lines by size; all beyond share the last. Lines below the share go without a label.
+COLOURS = ("#2a78d6", "#d9622b", "#3f9b5f", "#8a63c9", "#c9a227", "#4aa8b5", "#b5527a", "#8b949e")
+LABELLED = 0.02
 Row = Sequence[object]
 
 
@@ -128,10 +131,23 @@ def _ledger(ledger: Sequence[Mapping[str, Any]]) -> str:
         total = sum(line["bytes"] for line in lines)
         rows = [[line["what"], format_bytes(line["bytes"]), line["formula"]] for line in lines]
         if lines:
-            parts.append(
-                f"<h3>{title}</h3>{_table(['what', 'size', 'formula'], [*rows, ['sum', format_bytes(total), '']])}"
-            )
+            table = _table(["what", "size", "formula"], [*rows, ["sum", format_bytes(total), ""]])
+            parts.append(f"<h3>{title}</h3>{_stack(lines)}{table}")
     return f'<div class="ledger">{"".join(parts)}</div>' if parts else ""
+
+
+def _stack(lines: Sequence[Mapping[str, Any]]) -> str:
+    """One bar of all lines, the largest first, and what its colours mean."""
+    total = max(1, sum(line["bytes"] for line in lines))
+    ranked = sorted(lines, key=lambda line: -line["bytes"])
+    segments, legend = "", ""
+    for number, line in enumerate(ranked):
+        share, colour = line["bytes"] / total, COLOURS[min(number, len(COLOURS) - 1)]
+        label = f"{line['what']} {format_bytes(line['bytes'])}"
+        segments += f'<i style="width:{100 * share:.2f}%;background:{colour}" title="{escape(label, quote=True)}"></i>'
+        if number < len(COLOURS) - 1 and share >= LABELLED:
+            legend += f'<span><i style="background:{colour}"></i>{escape(label)}</span>'
+    return f'<div class="stack">{segments}</div><p class="legend">{legend}</p>'
 
 
 def _section(title: str, body: str) -> str:

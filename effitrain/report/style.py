@@ -38,6 +38,10 @@ table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-
 th, td { text-align: left; padding: 0.3rem 1rem 0.3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 400; color: var(--muted); }
 .pairs { width: auto; }
+.stack { display: flex; height: 1.4rem; border-radius: 4px; overflow: hidden; }
+.stack i { height: 100%; min-width: 1px; }
+.legend { display: flex; flex-wrap: wrap; gap: 0.1rem 1rem; font-size: 0.8rem; }
+.legend i { display: inline-block; width: 0.7rem; height: 0.7rem; border-radius: 2px; margin-right: 0.35rem; }
 .ledger td:nth-child(2) { white-space: nowrap; }
 .ledger td:nth-child(3) { font-family: ui-monospace, monospace; font-size: 0.8rem; color: var(--muted); }
 .ledger tbody tr:last-child td { border-bottom: 0; font-weight: 600; }

@@ -159,3 +159,10 @@ def test_what_the_user_typed_is_text(report, plan):
 )
 def test_format_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_the_ledger_is_a_bar_too(report, plan):
+    page = render_report(report, plan, metrics(3), PNG)
+    assert 'style="width:60.00%;background:#2a78d6" title="frozen weights 6.0 GiB"' in page
+    assert 'style="width:40.00%;background:#d9622b" title="adapter 4.0 GiB"' in page
+    assert page.count('<div class="stack">') == 2 and "embedding 1.0 GiB" in text_of(page)
