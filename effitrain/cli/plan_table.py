@@ -41,10 +41,11 @@ def print_plan(plan: Plan, terminal: Terminal | None = None) -> None:
 
 
 def _settings(plan: Plan) -> str:
-    """The chosen settings that do something, and the estimated speed."""
+    """The chosen settings that do something, and the estimated speed on a card; small models on a CPU defy one."""
     shown = {name: value for name, value in asdict(plan.settings).items() if value not in (False, 0)}
     words = [name.replace("_", " ") + ("" if value is True else f" {value}") for name, value in shown.items()]
-    return ", ".join([*words, f"about {plan.tokens_per_second_estimate:,.0f} tokens/s"])
+    speed = [f"about {plan.tokens_per_second_estimate:,.0f} tokens/s"] if plan.overhead_bytes else []
+    return ", ".join([*words, *speed])
 
 
 def _print_proof(proof: Mapping[str, Any], terminal: Terminal) -> None:
