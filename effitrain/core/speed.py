@@ -15,8 +15,9 @@ from effitrain.core.spec import LayerSpec, ModelSpec
 EFFICIENCY = 0.6
 # Bytes moved to dequantise one weight to 16 bits: 0.516 read, 2 written.
 DEQUANT_BYTES = 2.516
-# What is left of the speed where layers come from a disk: an assumption, so that memory is preferred when both hide.
-DISK_SHARE = 0.9
+# What layers from a disk cost where they hide as well as those in memory, for each reading of a step: an assumption, so
+# that memory is preferred, and reading once a step to reading for every micro-batch.
+DISK_LOSS = 0.1
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def step_time(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates)
 
 def tokens_per_second(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates) -> float:
     """Estimated speed of training."""
-    share = DISK_SHARE if settings.on_disk else 1.0
+    share = 1 - DISK_LOSS / settings.at_once if settings.on_disk else 1.0
     return share * settings.tokens / step_time(spec, recipe, settings, rates).total
 
 

@@ -104,6 +104,9 @@ def test_llama_70b_at_20_gib_streams_and_offers_pruning() -> None:
 def test_a_405b_streams_from_the_disk() -> None:
     made = plan("llama-405b", 24 * GIB)
     assert made.fits and made.fit == "stream" and made.settings.on_disk > 50
+    assert any("all of it from about" in reason for reason in made.reasons)
+    # 16 x 2,048 tokens at the ends of 126 layers would take 126 GiB of host memory; those of 512 fit.
+    assert not made.settings.by_layer and plan("llama-405b", 24 * GIB, max_seq_len=512).settings.by_layer
     assert any("read from the disk" in reason for reason in made.reasons)
     assert {line.where for line in made.ledger} == {"gpu", "host", "disk"}
 
@@ -118,9 +121,9 @@ def test_planning_is_quick_and_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
-    started = time.perf_counter()
+    started = time.process_time()
     plan("llama-405b", 20 * GIB, batch_size=16, recompute="none", quant="none")
-    assert time.perf_counter() - started < 0.5  # 0.03 s alone on a core
+    assert time.process_time() - started < 1  # 0.15 s alone on a core; other programs do not count
 
 
 def test_one_byte_too_little_is_refused_with_the_shortfall_and_the_way_out() -> None:
