@@ -3,6 +3,7 @@
 ``run`` reads top to bottom: what is asked, whether it can be had, the plan, then the plan carried out.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -102,10 +103,9 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
         if leaner is None:
             raise
         events.note(f"{error.fact} Planning anew with less.")
-        events.planned(leaner)
-        return carry_out(*_begin(folder, asked, recipe, leaner), leaner, budget, base, events)
-    except torch.OutOfMemoryError as error:
-        raise OverBudget(the_plan, None) from error
+    gc.collect()  # the model of the first try must be gone before the second is loaded
+    events.planned(leaner)
+    return carry_out(*_begin(folder, asked, recipe, leaner), leaner, budget, base, events)
 
 
 def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, Any]:

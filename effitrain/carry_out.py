@@ -54,11 +54,26 @@ from effitrain.train.state import TrainState, checkpoints
 def carry_out(
     recipe: Recipe, folder: RunFolder, the_plan: Plan, budget: MemoryBudget, base: Base, events: Events
 ) -> Report:
-    """Load, (prune), probe, train, (recover), save and report what the plan says."""
+    """Load, (prune), probe, train, (recover), save and report what the plan says.
+
+    Raises:
+        OverBudget: a trial step takes more than the budget, or the allocator refuses more.
+    """
+    try:
+        return _carry_out(recipe, folder, the_plan, budget, base, events)
+    except torch.OutOfMemoryError:
+        raise OverBudget(the_plan, None) from None
+
+
+def _carry_out(
+    recipe: Recipe, folder: RunFolder, the_plan: Plan, budget: MemoryBudget, base: Base, events: Events
+) -> Report:
     remove_stale(folder.path)
     pruning = recipe.prune_method if the_plan.fit == "prune" else None
     base = base.to_stream() if the_plan.settings.streamed and not pruning else base.fetched()
     data = prepare_data(recipe, base.tokenizer(), chosen(recipe.max_seq_len))
+    if not checkpoints(folder.path / "checkpoints"):
+        folder = folder.note(evals=[])  # of a run of another recipe that never took a step
     folder = _same_inputs(folder, data=data.fingerprint, model=base.fingerprint())
     events.data(data)
     device = torch.device(budget.device)
@@ -66,7 +81,7 @@ def carry_out(
     cap(device, the_plan)
     small = _make_small(recipe, base, data, device, folder, events) if pruning == "loram" else None
     trained_on, adapter = (small.base, "adapter-small") if small else (base, "adapter")
-    trained = _train(recipe, the_plan, meter, folder, trained_on, data, events, adapter)
+    trained = _train(recipe, the_plan, budget, meter, folder, trained_on, data, events, adapter)
     pruned, points = None, trained.points
     if small:
         bundle = recover_adapter(folder.path / adapter, small.keep, base, folder.path / "adapter")
@@ -74,27 +89,26 @@ def carry_out(
         pruned, points = compare(recipe, base, device, batches, bundle, points, events.evaluated)
     elif pruning:
         pruned = facts(recipe, points, [])
-    the_plan = for_tokens(the_plan, trained_on.spec, recipe, budget, trained.longest)
     seen = (data.stats, points, meter.peak(), trained.stream, trained.timeline, pruned)
-    return write_report(folder.path, recipe, the_plan, trained.state, *seen)
+    return write_report(folder.path, recipe, trained.plan, trained.state, *seen)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Where training ended, tokens of the longest micro-batch, losses on the evaluation set by step, and what streaming
-    did.
+    """Where training ended, the plan for the longest micro-batch of the data, losses on the evaluation set by step, and
+    what streaming did.
     """
 
     state: TrainState
-    longest: int
+    plan: Plan
     points: list[tuple[int, float]]
     stream: Mapping[str, Any] | None
     timeline: Sequence[Span]
 
 
 def _train(
-    recipe: Recipe, the_plan: Plan, meter: Meter, folder: RunFolder, base: Base, data: PreparedData, events: Events,
-    adapter: str,
+    recipe: Recipe, the_plan: Plan, budget: MemoryBudget, meter: Meter, folder: RunFolder, base: Base,
+    data: PreparedData, events: Events, adapter: str,
 ) -> Trained:  # fmt: skip
     """Train, and save the adapter or what LoRAPrune leaves."""
     job = assemble(
@@ -114,7 +128,8 @@ def _train(
         pruner = LoRAPrune(job.decoder, job.adapters, small_spec(base.spec, recipe).widths, job.course.steps)
         job.trainable.update(pruner.state())
     evaluated = make_batches(data.eval, recipe)
-    tokens = _prove_budget(job, the_plan, meter, evaluated)
+    expected = for_tokens(the_plan, base.spec, recipe, budget, len(longest(job.batches).input_ids))
+    _prove_budget(job, expected, meter, evaluated)
 
     checkpoint_folder = folder.path / "checkpoints"
     state = resume(recipe, checkpoint_folder, job, events.note)
@@ -141,7 +156,7 @@ def _train(
     if len(scores.points) < 2 or scores.points[-1][0] < state.step:
         scores.add("after")
     stream = stream_figures(before, after, the_plan.settings.streamed, the_plan.resident_layers) if after else None
-    return Trained(state, tokens, scores.points, stream, timeline)
+    return Trained(state, expected, scores.points, stream, timeline)
 
 
 def _make_small(
@@ -203,8 +218,8 @@ def cap(device: torch.device, the_plan: Plan) -> None:
         cap_memory(the_plan.budget_bytes, the_plan.overhead_bytes)
 
 
-def _prove_budget(job: Job, the_plan: Plan, meter: Meter, evaluated: Batches) -> int:
-    """A trial step and evaluation on the longest micro-batches, before training; the tokens of the one trained on.
+def _prove_budget(job: Job, the_plan: Plan, meter: Meter, evaluated: Batches) -> None:
+    """A trial step and evaluation on the longest micro-batches, before training.
 
     Raises:
         OverBudget: they take more than the budget.
@@ -218,4 +233,3 @@ def _prove_budget(job: Job, the_plan: Plan, meter: Meter, evaluated: Batches) ->
         raise OverBudget(the_plan, None) from None
     if meter.peak() > the_plan.budget_bytes:
         raise OverBudget(the_plan, meter.peak())
-    return len(largest.input_ids)

@@ -7,7 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from effitrain.core.recipe import LATER, LATER_VALUES, Recipe, read_recipe_file
+from effitrain.core.recipe import LATER, Recipe, read_recipe_file
 
 MODEL_FIELDS = ("model", "weights")
 DATA_FIELDS = ("dataset", "format", "columns", "template", "train_on_prompt", "truncation", "packing")
@@ -55,8 +55,6 @@ def _help(field: FieldInfo) -> str:
 
 
 def _metavar(name: str, field: FieldInfo) -> str:
-    if name in LATER_VALUES and name == "fit":
-        return "auto|resident|prune"
     kind = _bare(field.annotation)
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))

@@ -27,6 +27,6 @@ def command(prove: bool, as_json: bool, **flags: Any) -> None:
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=2))
     else:
-        print_plan(plan)
+        print_plan(plan, others=True)
     if not plan.fits:
         raise click.exceptions.Exit(3)

@@ -7,14 +7,14 @@ from typing import Any
 from rich.console import Console as Terminal
 from rich.table import Table
 
-from effitrain.core.plan import Plan
+from effitrain.core.plan import Plan, refusal
 from effitrain.core.units import format_bytes
 
 _SMALLEST_SHARE = 0.01  # ledger lines below this share of the peak are summed up in one line
 
 
-def print_plan(plan: Plan, terminal: Terminal | None = None) -> None:
-    """The plan as a short table: verdict, settings, and where the bytes go."""
+def print_plan(plan: Plan, terminal: Terminal | None = None, others: bool = False) -> None:
+    """The plan as a short table: verdict, settings, and where the bytes go; with ``others`` the other ways too."""
     terminal = terminal or Terminal(highlight=False, soft_wrap=True)
     verdict = "fits" if plan.fits else "does not fit"
     terminal.print(
@@ -38,6 +38,25 @@ def print_plan(plan: Plan, terminal: Terminal | None = None) -> None:
         _print_proof(plan.proof, terminal)
     for reason in plan.reasons:
         terminal.print(f"[dim]{reason}[/]")
+    if others:
+        _print_others(plan, terminal)
+
+
+def _print_others(plan: Plan, terminal: Terminal) -> None:
+    """The other ways that fit, exact ones first, and why one does not."""
+    table = Table(box=None, pad_edge=False, header_style="dim", title="Other ways", title_justify="left")
+    for title, side in (("", "left"), ("device", "right"), ("host", "right"), ("tokens/s", "right")):
+        table.add_column(title, justify=side)  # type: ignore[arg-type]
+    for way in (way for way in plan.alternatives if way.fits):
+        sizes = (format_bytes(way.peak_bytes), format_bytes(way.host_peak_bytes))
+        table.add_row(way.why, *sizes, f"{way.tokens_per_second_estimate:,.0f}" if plan.overhead_bytes else "")
+    if table.row_count:
+        terminal.print(table)
+    for way in plan.alternatives:
+        if not way.fits and way.prune_ratio is None and not way.why.startswith("--"):
+            terminal.print(f"[dim]{way.fit} does not fit. {way.why}[/]")
+    if not plan.fits:
+        terminal.print(refusal(plan).next_step)
 
 
 def _settings(plan: Plan) -> str:

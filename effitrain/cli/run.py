@@ -38,7 +38,9 @@ def command(prove: bool, dry_run: bool, as_json: bool, quiet: bool, **flags: Any
     elif report and not quiet:
         for warning in report.warnings:
             click.echo(f"Note: {warning}")
-        click.echo(f"Adapter: {asked.output_dir}/adapter\nReport:  {asked.output_dir}/report.html")
+        out = asked.output_dir
+        click.echo(f"Adapter: {out}/{report.adapter}" if report.adapter else f"Model:   {out}/model")
+        click.echo(f"Report:  {out}/report.html")
 
 
 def _json(value: Any) -> str:

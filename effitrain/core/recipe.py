@@ -27,7 +27,7 @@ LATER = {
     "train_norms": "longer context",
     "train_embeddings": "longer context",
 }
-# Values of --fit and --method that later versions bring.
+# Values of published flags that later versions bring.
 LATER_VALUES = {
     "align": {"train": "Continued training of a small model"},
     "method": {

@@ -7,6 +7,7 @@ from typing import Literal
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.choices import Choice, Weights, best, list_choices
 from effitrain.core.cut import cut_spec, small_spec
+from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 
@@ -55,7 +56,8 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> list[Way]:
     Raises:
         InputError: the recipe's ratio or exempt layers leave nothing to prune.
     """
-    if recipe.prune_method == "loraprune" and recipe.fit == "prune":
+    _check_layers(spec, recipe)
+    if recipe.prune_method == "loraprune" and (recipe.fit == "prune" or recipe.prune_ratio is not None):
         small_spec(spec, recipe)
         return [Way("prune", "resident", spec, recipe, budget, recipe.prune_ratio)]  # the whole model, masked
     can_stream = recipe.recompute in ("auto", "layer")
@@ -70,10 +72,24 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> list[Way]:
             for ratio in ratios
         }
         kept: tuple[Weights, ...] = ("resident", "streamed") if can_stream else ("resident",)
-        kept = kept if recipe.resident_layers is None else ("streamed",)
+        kept = kept if recipe.resident_layers is None else tuple(way for way in kept if way == "streamed")
         prune = [Way("prune", weights, cut[ratio], recipe, budget, ratio) for weights in kept for ratio in ratios]
     if recipe.fit != "auto":
         return {"resident": resident, "stream": stream, "prune": prune}[recipe.fit]
     if recipe.prune_ratio is not None:  # who names a ratio wants it
         return prune
     return [*resident, *prune, *stream] if recipe.prefer == "fast" else [*resident, *stream, *prune]
+
+
+def _check_layers(spec: ModelSpec, recipe: Recipe) -> None:
+    layers, lean = recipe.resident_layers, recipe.recompute in ("auto", "layer")
+    if layers is None:
+        return
+    if layers >= spec.num_layers:
+        raise InputError(
+            f"--resident-layers {layers}: {spec.name} has {spec.num_layers} layers, and some must be left to stream.",
+            next_step=f"Name at most {spec.num_layers - 1}, or --fit resident.",
+        )
+    if not lean or recipe.prune_method == "loraprune":
+        other = "--prune-method loraprune" if lean else f"--recompute {recipe.recompute}"
+        raise InputError(f"--resident-layers is for models that stream, and {other} keeps all layers on the device.")

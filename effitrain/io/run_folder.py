@@ -77,9 +77,8 @@ def open_run(recipe: Recipe) -> RunFolder:
 
 def _read_notes(path: Path) -> dict[str, Any]:
     try:
-        notes = json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error}", next_step=_ANOTHER) from None
-    return dict(notes)

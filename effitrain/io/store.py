@@ -52,17 +52,19 @@ class StoreKey:
         source: fingerprint of the checkpoint.
         quant: ``nf4`` or ``none``.
         dtype: in which weights are quantised, or stored when they are not: ``bf16``, ``fp16`` or ``fp32``.
+        device: that quantises, ``cpu`` or ``cuda``: the two round some weights differently.
     """
 
     name: str
     source: str
     quant: str
     dtype: str
+    device: str = "cpu"
 
     @property
     def folder(self) -> str:
         """Name of the store's folder."""
-        digest = hashlib.sha256(f"{VERSION} {self.source} {self.quant} {self.dtype}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{VERSION} {self.source} {self.quant} {self.dtype} {self.device}".encode()).hexdigest()
         readable = "".join(c if c.isalnum() or c in ".-" else "-" for c in Path(self.name).name)
         return f"{readable}-{self.quant}-{self.dtype}-{digest[:12]}"
 

@@ -164,7 +164,7 @@ def _streamable(
 def _store(base: Base, recipe: Recipe, device: torch.device, stored: Callable[[int, int], None]) -> Store:
     """The store of ``base``, built when it is not there."""
     root = default_store_dir()
-    key = StoreKey(base.name, base.fingerprint(), recipe.quant, recipe.dtype)
+    key = StoreKey(base.name, base.fingerprint(), recipe.quant, recipe.dtype, device.type)
     if base.remote is None:
         return ensure_store(root, key, base.spec, open_checkpoint(base.folder), stored, device)
     found = find_store(root, key)

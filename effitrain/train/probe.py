@@ -11,7 +11,7 @@ from effitrain.core.plan import Plan
 from effitrain.core.units import format_bytes
 from effitrain.data.batches import MicroBatch
 from effitrain.model.decoder import Decoder
-from effitrain.train.loop import accumulate
+from effitrain.train.loop import accumulate, clip
 from effitrain.train.loss import loss_sum
 from effitrain.train.memory import Meter, model_tensors, optimizer_tensors
 from effitrain.train.optim import set_lr
@@ -53,6 +53,9 @@ def probe(
         meter: told of everything that the device holds.
         by_layer: all of ``micro`` pass a layer before the next layer is needed.
         evaluated: the micro-batch of an evaluation.
+
+    Raises:
+        InputError: the loss or a gradient is not finite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     set_lr(optimizer, 0.0)
@@ -64,6 +67,7 @@ def probe(
         _count(decoder, optimizer, meter)
     with meter.tracker if on_cpu else nullcontext():
         accumulate(decoder, micro, clock, parameters, by_layer)
+        clip(parameters, 0.0, clock.step)  # a rate of zero times infinity would be no zero
         optimizer.step()
         if evaluated is not None:
             with torch.no_grad():

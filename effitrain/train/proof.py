@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
-from effitrain.core.cut import cut_spec
+from effitrain.core.cut import small_spec
 from effitrain.core.ledger import GPU
 from effitrain.core.memory import MIN_8BIT, OVERHEAD, SLOTS, STATE_BLOCK
 from effitrain.core.plan import Plan, resolve
@@ -118,7 +118,8 @@ def proved(plan: Plan, spec: ModelSpec, config: Mapping[str, Any], recipe: Recip
     """
     full, settings = resolve(recipe, plan), plan.settings
     ratio = plan.prune_ratio
-    trained = spec if ratio is None else cut_spec(spec, ratio, full.prune_parts, full.prune_exempt)
+    masked = full.prune_method == "loraprune"  # trains the whole model
+    trained = spec if ratio is None or masked else small_spec(spec, full)
     placement = place(spec.num_layers, plan.resident_layers, SLOTS)
     streamed = tuple(layer in placement.streamed for layer in range(spec.num_layers))
     tracked = track(Step(trained, config, full, device, streamed, settings.by_layer))

@@ -1,13 +1,15 @@
 """A budget is a promise: what the trial step disproves is planned anew, or stops before training."""
 
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
 
-from effitrain import api
+from effitrain import api, carry_out
 from effitrain.core.errors import BudgetError
 from effitrain.core.plan import make_plan
+from effitrain.train.job import assemble
 
 MIB = 2**20
 
@@ -57,8 +59,17 @@ def test_what_the_trial_disproves_is_planned_anew(asked, monkeypatch):
     least = make_plan(api.find_base(asked.model).spec, asked, replace(api.find_budget(asked), gpu_bytes=1)).peak_bytes
     budget = (free.peak_bytes + least) // 2
     monkeypatch.setattr(api, "make_plan", lying(1))
-    told = Told()
+    told, models = Told(), []
+
+    def assembled(*args, **kwargs):
+        assert not [model for model in models if model() is not None], "the first model is still there"
+        job = assemble(*args, **kwargs)
+        models.append(weakref.ref(job.decoder))
+        return job
+
+    monkeypatch.setattr(carry_out, "assemble", assembled)
     report = api.run(asked.changed(gpu_mem=budget), told)
+    assert len(models) == 2
     first, second = told.plans
     assert first.settings.recompute == "none" and second.settings.recompute != "none"
     assert any("Planning anew" in note for note in told.notes)
@@ -77,3 +88,18 @@ def test_the_report_predicts_the_batch_that_the_data_have(asked):
     report = api.run(asked)
     error = report.memory.predicted_peak_bytes / report.memory.measured_peak_bytes - 1
     assert abs(error) < 0.05
+
+
+def test_evaluations_of_a_run_that_never_took_a_step_are_forgotten(asked, tmp_path):
+    """Its folder may go to another recipe, whose loss before training is its own."""
+    rows = asked.changed(eval_fraction=0.3)
+
+    class Stops(api.Events):
+        def training(self, done, steps):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.run(rows.changed(weights="synthetic:1"), Stops())
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["evals"]
+    alone = api.run(rows.changed(output_dir=str(tmp_path / "alone")))
+    assert api.run(rows).loss.eval_before == alone.loss.eval_before
