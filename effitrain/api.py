@@ -102,10 +102,11 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
         if leaner is None:
             raise
         events.note(f"{error.fact} Planning anew with less.")
-        events.planned(leaner)
-        return carry_out(*_begin(folder, asked, recipe, leaner), leaner, budget, base, events)
     except torch.OutOfMemoryError as error:
         raise OverBudget(the_plan, None) from error
+    # Only here, where the error is forgotten: its traceback holds the model that was too large.
+    events.planned(leaner)
+    return carry_out(*_begin(folder, asked, recipe, leaner), leaner, budget, base, events)
 
 
 def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, Any]:
