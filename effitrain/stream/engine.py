@@ -21,13 +21,14 @@ Kind = Literal["copy", "wait", "compute"]
 class Mover(Protocol):
     """Moves bytes to a device and knows its time. Each call may come from another thread."""
 
-    def move(self, layer: int, slot: int) -> int:
-        """Begin to fill ``slot`` with the bytes of ``layer``, when the device has done what ``release`` marked; how
-        many bytes.
-        """
-
     def prepare(self, layer: int) -> None:
         """``layer`` will be moved next."""
+
+    def reclaim(self, slot: int) -> None:
+        """What is copied from here on waits until the device has done what ``release`` of ``slot`` marked."""
+
+    def move(self, layer: int, slot: int) -> int:
+        """Begin to fill ``slot``, reclaimed, with the bytes of ``layer``; how many bytes."""
 
     def acquire(self, slot: int) -> None:
         """What is asked of the device from here on waits until ``slot`` is filled."""
@@ -170,7 +171,8 @@ class Engine:
             self._holds[copy.slot] = None  # before the first byte changes
             for other in following:
                 self.mover.prepare(other.layer)
-            start = self.mover.mark("copy")
+            self.mover.reclaim(copy.slot)
+            start = self.mover.mark("copy")  # after the wait for the slot, which is no time of the copy
             size = self.mover.move(copy.layer, copy.slot)
             self._holds[copy.slot] = copy.layer
             with self._changed:

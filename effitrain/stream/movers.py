@@ -23,6 +23,13 @@ class CpuMover:
     def __init__(self, host: HostLayers, slots: list[Tensor], bytes_per_second: float | None = None):
         self.host, self.slots, self.rate = host, slots, bytes_per_second
 
+    def prepare(self, layer: int) -> None:
+        """Have it read ahead."""
+        self.host.read_ahead(layer)
+
+    def reclaim(self, slot: int) -> None:
+        """Nothing: a slot that was released is no longer read."""
+
     def move(self, layer: int, slot: int) -> int:
         """Fill ``slot``; done when this returns."""
         started = time.perf_counter()
@@ -36,10 +43,6 @@ class CpuMover:
         if self.rate:
             time.sleep(max(0.0, size / self.rate - (time.perf_counter() - started)))
         return size
-
-    def prepare(self, layer: int) -> None:
-        """Have it read ahead."""
-        self.host.read_ahead(layer)
 
     def acquire(self, slot: int) -> None:
         """Nothing: a copy is done when it is counted."""
@@ -68,11 +71,23 @@ class CudaMover:
         self.stream = torch.cuda.Stream(self.device)
         # The slots' memory may have been another tensor's, whose last kernels still run.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        for slot in slots:  # after a pass that broke off, a copy may still be under way when the slots are let go
+            slot.record_stream(self.stream)
         self._filled: dict[int, torch.cuda.Event] = {}
         self._free: dict[int, torch.cuda.Event] = {}
         self._staging: list[Tensor] = []
         self._left: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
+
+    def prepare(self, layer: int) -> None:
+        """Have it read ahead."""
+        self.host.read_ahead(layer)
+
+    def reclaim(self, slot: int) -> None:
+        """The copying stream waits for the last use of ``slot``."""
+        free = self._free.get(slot)
+        if free is not None:
+            self.stream.wait_event(free)
 
     def move(self, layer: int, slot: int) -> int:
         """Begin to fill ``slot``."""
@@ -81,20 +96,13 @@ class CudaMover:
         staged = blob is None or layer in self.host.pageable
         source = self._stage(layer, size) if staged else blob
         assert source is not None
-        free = self._free.get(slot)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            if free is not None:
-                self.stream.wait_event(free)
             self.slots[slot][:size].copy_(source, non_blocking=True)
             self._filled[slot] = self.stream.record_event()
             if staged:
                 self._left[self._turn] = self._filled[slot]
                 self._turn = 1 - self._turn
         return size
-
-    def prepare(self, layer: int) -> None:
-        """Have it read ahead."""
-        self.host.read_ahead(layer)
 
     def acquire(self, slot: int) -> None:
         """The current stream waits for the copy into ``slot``."""

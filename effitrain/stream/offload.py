@@ -28,6 +28,8 @@ class Offload:
         self.host = pinned_empty((layers, tokens * hidden), dtype, device)
         self.staging = torch.empty((2, tokens * hidden), dtype=dtype, device=device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:  # after a step that broke off, a copy may still be under way
+            self.staging.record_stream(self._stream)
         self._shapes: list[torch.Size] = []
         self._leaving: Tensor | None = None  # being copied to the host: its memory must not be given away yet
         self._staged: dict[int, torch.cuda.Event | None] = {}
@@ -45,10 +47,10 @@ class Offload:
             IndexError: there are ``layers`` inputs already.
         """
         self._release()
-        ticket = len(self._shapes)
-        self._copy(self.host[ticket, : x.numel()], x.detach().reshape(-1))
+        ticket, flat = len(self._shapes), x.detach().reshape(-1)  # of its own where x is not contiguous
+        self._copy(self.host[ticket, : x.numel()], flat)
         self._shapes.append(x.shape)
-        self._leaving = x
+        self._leaving = flat
         return ticket
 
     def take(self, ticket: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Host memory that the card reads and writes by itself."""
 
 import weakref
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -17,4 +18,7 @@ def pinned_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
         driver, address = torch.cuda.cudart(), tensor.data_ptr()
         if driver.cudaHostRegister(address, tensor.nbytes, 0) == driver.cudaError.success:
             weakref.finalize(tensor.untyped_storage(), driver.cudaHostUnregister, address)
+        else:
+            with suppress(RuntimeError):  # CUDA keeps the refusal, and reports it as the next kernel's failure
+                torch.zeros(1, device=device)
     return tensor

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from effitrain import api, carry_out
+from effitrain import api
 from effitrain.core.errors import BudgetError
 from effitrain.core.plan import make_plan
-from effitrain.train.job import assemble
+from effitrain.train import job as job_room
 
 MIB = 2**20
 
@@ -54,26 +54,38 @@ def lying(times: int):
     return plan
 
 
+def between(asked):
+    """A budget that only leaner settings keep than those of a free choice."""
+    spec, found = api.find_base(asked.model).spec, api.find_budget(asked)
+    free, least = (make_plan(spec, asked, budget).peak_bytes for budget in (found, replace(found, gpu_bytes=1)))
+    return (free + least) // 2
+
+
 def test_what_the_trial_disproves_is_planned_anew(asked, monkeypatch):
-    free = make_plan(api.find_base(asked.model).spec, asked, api.find_budget(asked))
-    least = make_plan(api.find_base(asked.model).spec, asked, replace(api.find_budget(asked), gpu_bytes=1)).peak_bytes
-    budget = (free.peak_bytes + least) // 2
+    budget = between(asked)
     monkeypatch.setattr(api, "make_plan", lying(1))
-    told, models = Told(), []
-
-    def assembled(*args, **kwargs):
-        assert not [model for model in models if model() is not None], "the first model is still there"
-        job = assemble(*args, **kwargs)
-        models.append(weakref.ref(job.decoder))
-        return job
-
-    monkeypatch.setattr(carry_out, "assemble", assembled)
+    told = Told()
     report = api.run(asked.changed(gpu_mem=budget), told)
-    assert len(models) == 2
     first, second = told.plans
     assert first.settings.recompute == "none" and second.settings.recompute != "none"
     assert any("Planning anew" in note for note in told.notes)
     assert report.memory.measured_peak_bytes <= budget == report.memory.budget_bytes
+
+
+def test_the_first_model_is_gone_before_the_second_is_loaded(asked, monkeypatch):
+    """A card has no room for both."""
+    decoders, still_there = [], []
+
+    def assemble(*args, **kwargs):
+        still_there.append([decoder for decoder in decoders if decoder() is not None])
+        job = job_room.assemble(*args, **kwargs)
+        decoders.append(weakref.ref(job.decoder))
+        return job
+
+    monkeypatch.setattr("effitrain.carry_out.assemble", assemble)
+    monkeypatch.setattr(api, "make_plan", lying(1))
+    api.run(asked.changed(gpu_mem=between(asked)))
+    assert still_there == [[], []]
 
 
 def test_a_budget_that_nothing_keeps_never_starts_training(asked, monkeypatch, tmp_path):

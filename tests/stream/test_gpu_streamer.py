@@ -1,5 +1,7 @@
 """Streaming on a card: the bits of the resident step, from pinned, pageable and stored layers, with real overlap."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.store import StoreKey
 from effitrain.model.load import find_base
 from effitrain.stream.build import ensure_store
+from effitrain.stream.pinned import pinned_empty
 from effitrain.stream.placement import place
 
 pytestmark = [
@@ -61,3 +64,50 @@ def test_no_device_memory_is_asked_for_in_steady_state(tiny_model, trial, micro_
     for _ in range(3):
         streamed.step(micro)
     assert torch.cuda.memory_stats()["num_device_alloc"] == before
+
+
+def test_waiting_for_a_slot_is_no_time_of_a_copy(tiny_model, trial):
+    """The computation runs far ahead on the host, so a copy is asked for long before its slot is free."""
+    streamed = trial(tiny_model("llama", **SHAPE), place(LAYERS, 0, 2), "nf4", "bf16", device=CUDA)
+    mover = streamed.decoder.streamer.engine.mover
+    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    started.record()
+    torch.cuda._sleep(200_000_000)  # clock cycles: about a tenth of a second
+    ended.record()
+    mover.release(0)
+    mover.reclaim(0)
+    start = mover.mark("copy")
+    mover.move(0, 0)
+    end = mover.mark("copy")
+    torch.cuda.synchronize()
+    assert mover.seconds(start, end) < mover.seconds(started, ended) / 4
+
+
+def test_memory_that_cannot_be_pinned_is_pageable_and_breaks_no_kernel(monkeypatch):
+    """CUDA reports a refusal once more, when the next kernel is launched."""
+    driver = torch.cuda.cudart()
+    refusing = SimpleNamespace(
+        cudaError=driver.cudaError,
+        cudaHostRegister=lambda address, size, flags: driver.cudaHostUnregister(address),  # of what never was pinned
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
+    tensor = pinned_empty((1000,), torch.float32, CUDA)
+    assert not tensor.is_pinned()
+    assert torch.ones(3, device=CUDA).sum().item() == 3
+
+
+def test_pinned_memory_is_let_go(monkeypatch):
+    driver, gone = torch.cuda.cudart(), []
+    watching = SimpleNamespace(
+        cudaError=driver.cudaError,
+        cudaHostRegister=driver.cudaHostRegister,
+        cudaHostUnregister=lambda address: gone.append(driver.cudaHostUnregister(address)),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: watching)
+    tensor = pinned_empty((64, 2**20), torch.uint8, CUDA)
+    part = tensor[3]
+    assert tensor.is_pinned()
+    del tensor
+    assert not gone and part.is_pinned()
+    del part
+    assert gone == [driver.cudaError.success]

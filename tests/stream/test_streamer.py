@@ -3,6 +3,7 @@ copies of the schedule.
 """
 
 import random
+import time
 from functools import cache
 
 import pytest
@@ -104,6 +105,15 @@ def test_bytes_copied_are_those_of_the_plan(resident, trial, micro_batches, slot
         streamed.step(micro_batches(3), by_layer=True)
         copies += 2 * missing
         assert streamer.traffic.bytes_copied == copies * blob
+
+
+def test_waiting_for_a_slot_is_no_time_of_a_copy(resident, trial, micro_batches, monkeypatch):
+    folder, _ = resident("llama")
+    streamed = trial(folder, place(LAYERS, 0, 2))
+    monkeypatch.setattr(streamed.decoder.streamer.engine.mover, "reclaim", lambda slot: time.sleep(0.02))
+    streamed.step(micro_batches())
+    traffic = streamed.decoder.streamer.traffic
+    assert traffic.copies and traffic.copy_seconds < traffic.copies * 0.01
 
 
 def test_weights_are_only_there_while_held(resident, trial):

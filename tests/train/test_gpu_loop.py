@@ -116,7 +116,7 @@ def test_optimizers_learn_and_the_probe_leaves_no_trace(tiny_model, name, rank):
         if probing:
             before = {n: p.detach().clone() for n, p in trainable.items()}
             meter = Meter(CUDA)
-            probe(decoder, longest(Batches(_tokens(), 4, 64, False, 3)), optimizer, clock, meter)
+            probe(decoder, [longest(Batches(_tokens(), 4, 64, False, 3))], optimizer, clock, meter)
             assert all(torch.equal(p, before[n]) for n, p in trainable.items()) and not optimizer.state
             assert meter.peak() > sum(p.nbytes for p in trainable.values())
         curves.append(_train(decoder, clock, optimizer, steps=16))
