@@ -26,11 +26,11 @@ from effitrain.pruning.align import Aligner, Fit
 from effitrain.pruning.calibration import Calibration
 from effitrain.pruning.cut import FACTS, CutWeights, Source, write_cut
 from effitrain.pruning.groups import check_family
-from effitrain.pruning.score import needs, score_layers
+from effitrain.pruning.score import looked_at, needs, score_layers
 from effitrain.pruning.select import Scores, select
 from effitrain.quant.read import DTYPES
 
-_CODE_VERSION = 1  # raise it when the same choices would give another small model
+_CODE_VERSION = 2  # raise it when the same choices would give another small model
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ def _scores(
     file = default_cache_dir().with_name("scores") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if not file.is_file():
         walk = _walk(base, source, recipe, device)
-        tell(f"Scoring {base.spec.num_layers} layers by {name}, {text.tokens if text else 0} tokens of text.")
+        tokens = sum(len(batch.input_ids) for batch in looked_at(name, walk, batches))
+        tell(f"Scoring {base.spec.num_layers} layers by {name}, {tokens} tokens of text.")
         found = score_layers(name, walk, layers, (Axis.FFN, Axis.KV_HEADS), recipe.seed, batches)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(file, {f"{i}.{part}": found[i][part] for i in found for part in found[i]}, {"format": "pt"})

@@ -4,7 +4,7 @@ Every micro-batch passes a layer before the next layer is read, so that the weig
 of micro-batches. Shapes: N tokens of a micro-batch, H hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +66,10 @@ class Walk:
         finally:
             _empty(layer)
 
+    def tokens_within(self, space: int) -> int:
+        """How many tokens' hidden states take ``space`` bytes of host memory."""
+        return space // (self.decoder.spec.hidden * self.dtype.itemsize)
+
     def run(self, layer: nn.Module, passing: Passing) -> Tensor:
         """What ``layer`` makes of a micro-batch, [1, N, H] on the device."""
         return layer(passing.x.to(self.device), attention_mask=None, **passing.context)
@@ -83,6 +87,20 @@ class Walk:
     def _table(self, name: str, device: torch.device) -> Tensor:
         spec = self.decoder.spec
         return read_dense(self.weights, name, (spec.vocab, spec.hidden), self.dtype, device)
+
+
+def grouped(batches: Iterable[MicroBatch], tokens: int) -> Iterator[list[MicroBatch]]:
+    """The micro-batches in their order, in groups of at most ``tokens`` tokens, or of one that has more."""
+    group: list[MicroBatch] = []
+    held = 0
+    for batch in batches:
+        if group and held + len(batch.input_ids) > tokens:
+            yield group
+            group, held = [], 0
+        group.append(batch)
+        held += len(batch.input_ids)
+    if group:
+        yield group
 
 
 def frozen(module: nn.Module) -> FrozenLinear:

@@ -146,9 +146,7 @@ def test_a_planted_query_head_keeps_its_group(full, text):
     d = full.spec.head_dim
     decoder.layers[1].self_attn.o_proj.base.weight[:, 3 * d : 4 * d] *= 50
     pruner, _ = run(decoder, adapters, cut_widths(full.spec, 0.7), text(3), 5)
-    assert (
-        pruner.keep_map("b", "f").layers[1].kv_heads[0:1] == (1,) or 1 in pruner.keep_map("b", "f").layers[1].kv_heads
-    )
+    assert 1 in pruner.keep_map("b", "f").layers[1].kv_heads
 
 
 def test_a_step_that_is_not_finite_leaves_the_scores(full, text):

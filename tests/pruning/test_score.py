@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from effitrain.core.errors import InputError
 from effitrain.core.spec import Axis
-from effitrain.pruning.score import needs, score_layers
+from effitrain.pruning import score
+from effitrain.pruning.score import looked_at, needs, score_layers
 
 PARTS = [Axis.FFN, Axis.KV_HEADS]
 NAMES = ["random", "magnitude", "wanda", "flap", "taylor"]
@@ -171,6 +172,23 @@ def test_only_the_asked_for_layers_are_scored_and_emptied(model, text):
     assert list(scores) == done == [1] and list(scores[1]) == [Axis.FFN]
     assert all(layer.mlp.up_proj.weight is None for layer in walk.decoder.layers)
     assert walk.decoder.lm_head.weight is None and walk.decoder.model.embed_tokens.weight is None
+
+
+def test_a_gradient_score_keeps_the_inputs_of_as_much_text_as_the_bound_holds(model, text, monkeypatch):
+    """Two of three micro-batches of 26 tokens fit; one is looked at however little fits; other scores see all."""
+    full, batches = model(), text(3)
+    per_token = 2 * full.spec.hidden * 4  # layers, float32
+
+    def taylor(some):
+        return score_layers("taylor", full.walk(), [0, 1], [Axis.FFN], 0, some)[0][Axis.FFN]
+
+    one, two, three = (taylor(batches[:count]) for count in (1, 2, 3))
+    assert not torch.equal(two, three) and not torch.equal(one, two)
+    for tokens, expected in ((77, two), (52, two), (51, one), (1, one), (78, three)):
+        monkeypatch.setattr(score, "_KEPT_INPUTS", tokens * per_token)
+        assert torch.equal(taylor(batches), expected)
+    monkeypatch.setattr(score, "_KEPT_INPUTS", 0)
+    assert list(looked_at("wanda", full.walk(), batches)) == batches
 
 
 def test_a_score_that_is_not_finite_is_refused(model, text, monkeypatch):
