@@ -1,10 +1,13 @@
-"""What scripts/gpu_suite.sh runs on a card: the tests marked gpu, then resident NF4 LoRA runs of 1B and 8B shapes.
+"""What scripts/gpu_suite.sh runs on a card: the tests marked gpu, then NF4 LoRA runs of 1B, 8B and 70B shapes.
 
     python scripts/gpu_suite.py --seconds 520 --out benchmarks/gpu_suite.json
 
-Weights are synthetic, data are random words; a micro-batch has 8,192 tokens and a step one micro-batch. Speed is the
-median over the steps after the first few. Each run is a process of its own, so that its peak is its own. A clock runs
-from the start: what no longer fits is left out, and the results say so.
+Weights are synthetic, data are random words; a step has one micro-batch, of 8,192 tokens where no other number is
+given. Speed is the median over the steps after the first few. Each run is a process of its own, so that its peak is its
+own. A clock runs from the start: what no longer fits is left out, and the results say so.
+
+Runs under a cap compare the measured peak with the predicted one and with the budget. Streamed runs are set against the
+resident run of the same tokens: the ratio of their speeds, and whether their losses are equal bit for bit.
 """
 
 import argparse
@@ -31,7 +34,7 @@ TOKENS = 8192  # of a micro-batch
 STEPS, WARM_UP = 10, 3
 TEST_SECONDS = 240  # at most, of the whole
 # Seconds a run takes until the first of its model has shown it: start, weights, and 11 steps on a card of 150 TFLOP/s.
-GUESS = {"llama-3.2-1b": 45, "llama-3.1-8b": 75}
+GUESS = {"llama-3.2-1b": 45, "llama-3.1-8b": 75, "llama-70b": 200}
 SLACK = 1.3
 BENCH_SECONDS = 60  # of the kernels of an 8B layer, with what torch.compile takes for three of them
 
@@ -39,7 +42,8 @@ BENCH_SECONDS = 60  # of the kernels of an 8B layer, with what torch.compile tak
 @dataclass(frozen=True)
 class Setting:
     """One run. ``packed``: samples of many lengths share rows of ``max_seq_len``; otherwise every row is one sample.
-    ``kernels``: with ours; otherwise torch, cuBLAS and bitsandbytes compute everything.
+    ``kernels``: with ours; otherwise torch, cuBLAS and bitsandbytes compute everything. ``gpu_mem``: the cap;
+    ``fit`` and ``resident_layers`` as in a recipe.
     """
 
     model: str
@@ -47,11 +51,28 @@ class Setting:
     recompute: str
     packed: bool = False
     kernels: bool = True
+    tokens: int = TOKENS
+    steps: int = STEPS
+    gpu_mem: str | None = None
+    fit: str = "resident"
+    resident_layers: int | None = None
+
+
+def _streamed(tokens: int, resident_layers: int | None) -> Setting:
+    """The 8B shape at ``tokens`` a step, streamed, or resident where no number of layers is given."""
+    fit = "resident" if resident_layers is None else "stream"
+    return Setting("llama-3.1-8b", tokens, "layer", tokens=tokens, fit=fit, resident_layers=resident_layers)
 
 
 # The most telling first: the clock cuts from the end.
 SETTINGS = (
     Setting("llama-3.1-8b", 2048, "layer"),
+    Setting("llama-70b", 4096, "auto", tokens=4096, steps=5, gpu_mem="20G", fit="stream"),
+    *(_streamed(2048, layers) for layers in (None, 0)),
+    *(Setting("llama-3.1-8b", 2048, "auto", tokens=2048, gpu_mem=cap, fit="auto") for cap in ("8G", "12G")),
+    *(_streamed(4096, layers) for layers in (None, 0)),
+    *(_streamed(512, layers) for layers in (None, 0)),
+    Setting("llama-70b", 2048, "auto", tokens=2048, steps=5, gpu_mem="16G", fit="prune"),
     Setting("llama-3.1-8b", 2048, "layer", kernels=False),
     Setting("llama-3.2-1b", 2048, "layer"),
     Setting("llama-3.2-1b", 2048, "none"),
@@ -61,6 +82,11 @@ SETTINGS = (
     Setting("llama-3.1-8b", 512, "layer"),
     Setting("llama-3.2-1b", 512, "layer"),
     Setting("llama-3.2-1b", 512, "none"),
+    *(_streamed(1024, layers) for layers in (None, 0)),
+    *(_streamed(tokens, layers) for tokens in (2048, 512, 4096, 1024) for layers in (16, 29)),
+    *(Setting("llama-3.1-8b", 2048, "auto", tokens=2048, gpu_mem=cap, fit="auto") for cap in ("16G", "20G")),
+    *(Setting("llama-3.2-1b", 2048, "auto", tokens=2048, gpu_mem=cap, fit="auto") for cap in ("8G", "12G")),
+    Setting("llama-70b", 2048, "auto", tokens=2048, steps=5, gpu_mem="12G", fit="stream"),
 )
 
 
@@ -107,6 +133,7 @@ def suite(out: Path, deadline: float, seconds: float) -> int:
         for setting in SETTINGS:
             run = {**asdict(setting), **attempt(setting, Path(work), deadline, result["runs"])}
             result["runs"].append(run)
+            result["streamed_over_resident"] = streaming(result["runs"])
             say("run", run)
             result["seconds"] = round(seconds - (deadline - time.monotonic()), 1)
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -200,14 +227,14 @@ def measure(setting: Setting, work: Path) -> dict[str, Any]:
     import torch
 
     from effitrain import api
-    from effitrain.train.memory import cuda_context_bytes
 
     data = work / ("samples.jsonl" if setting.packed else "words.txt")
     out = work / "-".join(str(value) for value in asdict(setting).values())
     asked = api.recipe(
         model=setting.model, weights="synthetic", dataset=str(data), format="text", eval_fraction=0.0,
-        packing=setting.packed, max_seq_len=setting.max_seq_len, batch_size=TOKENS // setting.max_seq_len,
-        grad_accum=1, max_steps=STEPS, save_every=STEPS, recompute=setting.recompute, output_dir=str(out),
+        packing=setting.packed, max_seq_len=setting.max_seq_len, batch_size=setting.tokens // setting.max_seq_len,
+        grad_accum=1, max_steps=setting.steps, save_every=setting.steps, recompute=setting.recompute,
+        gpu_mem=setting.gpu_mem, fit=setting.fit, resident_layers=setting.resident_layers, output_dir=str(out),
     )  # fmt: skip
     plan = api.plan(asked)
     if not plan.fits:
@@ -215,21 +242,57 @@ def measure(setting: Setting, work: Path) -> dict[str, Any]:
     report = api.run(asked)
     assert report is not None
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    speeds = [line["tokens_per_second"] for line in lines[WARM_UP:]]
+    warm_up = min(WARM_UP, setting.steps - 2)
+    speeds = [line["tokens_per_second"] for line in lines[warm_up:]]
+    memory = report.memory
     return {
+        "planned": report.fit,
+        "planned_resident_layers": plan.resident_layers,
+        "prune_ratio": plan.prune_ratio,
+        "within_budget": memory.measured_peak_bytes <= memory.budget_bytes,
+        "prediction_error": round(memory.predicted_peak_bytes / memory.measured_peak_bytes - 1, 4),
+        "tokens_per_second_estimate": plan.tokens_per_second_estimate,
+        "stream": report.stream,
         "tokens_per_second": round(statistics.median(speeds), 1),
         "tokens_per_second_of_steps": [round(speed, 1) for speed in speeds],
-        "tokens_of_steps": [line["tokens"] for line in lines[WARM_UP:]],
+        "tokens_of_steps": [line["tokens"] for line in lines[warm_up:]],
         "predicted_peak_bytes": report.memory.predicted_peak_bytes,
         "measured_peak_bytes": report.memory.measured_peak_bytes,
         "budget_bytes": report.memory.budget_bytes,
         "overhead_bytes": plan.overhead_bytes,
+        **(card_figures() if torch.cuda.is_available() else {}),
+        "peak_rss_bytes": report.memory.peak_rss_bytes,
+        "losses": [line["loss"] for line in lines],
+    }
+
+
+def card_figures() -> dict[str, Any]:
+    """What this process took of the card."""
+    import torch
+
+    from effitrain.train.memory import cuda_context_bytes
+
+    return {
         "context_bytes": cuda_context_bytes(),
         "reserved_peak_bytes": torch.cuda.max_memory_reserved(),
         "allocated_peak_bytes": torch.cuda.max_memory_allocated(),
-        "peak_rss_bytes": report.memory.peak_rss_bytes,
-        "losses": [round(line["loss"], 4) for line in lines],
     }
+
+
+def streaming(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Streamed runs of the 8B shape against the resident run of the same tokens."""
+    done = [run for run in runs if run["model"] == "llama-3.1-8b" and run["gpu_mem"] is None and "losses" in run]
+    resident = {run["tokens"]: run for run in done if run["fit"] == "resident" and run["tokens"] == run["max_seq_len"]}
+    return [
+        {
+            "tokens": run["tokens"],
+            "resident_layers": run["resident_layers"],
+            "step_time_over_resident": round(alone["tokens_per_second"] / run["tokens_per_second"], 4),
+            "equal_losses": run["losses"] == alone["losses"],
+        }
+        for run in done
+        if run["fit"] == "stream" and (alone := resident.get(run["tokens"]))
+    ]
 
 
 def write_words(work: Path) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a CUDA card, in under nine minutes: the tests marked gpu, and resident NF4 LoRA runs with their speed and memory.
+# On a CUDA card, in under nine minutes: the tests marked gpu, then NF4 LoRA runs, resident and streamed, with speed and memory.
 # The results are JSON, in $OUT_JSON or benchmarks/gpu_suite.json. Without a card it says so and ends well.
 # EFFITRAIN_PYTHON names the Python to use; else it is the python3 at hand when effitrain and pytest work there, installed
 # or from this folder; else that of an environment of its own. Arguments go to scripts/gpu_suite.py.
