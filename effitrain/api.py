@@ -16,7 +16,7 @@ from effitrain.adapters.base import Clock, adapter_class
 from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.carry_out import cap, carry_out, placement_of
-from effitrain.core.budget import MemoryBudget
+from effitrain.core.budget import CUDA_SLACK_BYTES, MemoryBudget
 from effitrain.core.choices import sequence_length
 from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
@@ -42,6 +42,7 @@ from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import make_small
 from effitrain.train.hooks import check_tracker
 from effitrain.train.job import chosen, make_batches
+from effitrain.train.memory import cuda_context_bytes
 from effitrain.train.probe import OverBudget
 from effitrain.train.proof import proved
 from effitrain.train.state import check_checkpoint, checkpoints
@@ -86,7 +87,7 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
     base = find_base(recipe.model, recipe.weights)
     _check_starting_points(recipe, base)
     asked, recipe = recipe, _as_before(recipe, folder)
-    budget = find_budget(recipe)
+    budget = _measured(find_budget(recipe))
     the_plan = make_plan(base.spec, recipe, budget)
     if prove_plan and the_plan.fits:
         the_plan = proved(the_plan, base.spec, base.source.config, recipe, budget.device)
@@ -254,6 +255,13 @@ def _new_folder(target: str) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists already.", next_step="Name a new folder with -o.")
     return path
+
+
+def _measured(budget: MemoryBudget) -> MemoryBudget:
+    """``budget`` with the context that this process has on the card here, in place of the stated default."""
+    if budget.device != "cuda" or not torch.cuda.is_available():
+        return budget
+    return replace(budget, overhead_bytes=cuda_context_bytes() + CUDA_SLACK_BYTES)
 
 
 def _device(budget: MemoryBudget) -> torch.device:

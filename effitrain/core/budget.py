@@ -11,6 +11,8 @@ GIB = 2**30
 
 # Context, cuBLAS workspace and allocator slack of one CUDA process, where they cannot be measured.
 CUDA_OVERHEAD_BYTES = GIB * 12 // 10
+# Where the context of the process is measured: for kernels and libraries that load later, and the allocator's slack.
+CUDA_SLACK_BYTES = GIB * 6 // 10
 # Share of the free host memory that a run takes by default.
 _HOST_SHARE = (8, 10)
 

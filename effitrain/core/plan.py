@@ -9,7 +9,7 @@ from effitrain.core.budget import MemoryBudget
 from effitrain.core.cards import TYPICAL, rates_of
 from effitrain.core.choices import CPU_MICRO_BATCH_TOKENS, SAMPLES_PER_STEP, Choice
 from effitrain.core.errors import BudgetError, InputError
-from effitrain.core.ledger import LedgerLine, Settings, gpu_bytes, host_bytes
+from effitrain.core.ledger import DISK, LedgerLine, Settings, gpu_bytes, host_bytes
 from effitrain.core.memory import adapted, make_ledger
 from effitrain.core.offers import Alternative, leaner, other_ways
 from effitrain.core.recipe import Recipe
@@ -206,6 +206,12 @@ def _explain_streaming(way: Way, choice: Choice, budget: MemoryBudget) -> Iterat
         f"{time.hidden_share:.0%} of the copying hides behind computation, all of it from about {tokens:,} tokens a"
         f" {'step' if settings.by_layer else 'micro-batch'}."
     )
+    store, shards = sum(line.bytes for line in choice.ledger if line.where == DISK), 2 * way.spec.params
+    if way.fit == "stream" and not way.recipe.weights:
+        yield (
+            f"Their store takes {format_bytes(store)} of disk, made once. From the hub {format_bytes(shards)} are"
+            " downloaded for it, file by file, and no file is kept."
+        )
     if settings.on_disk:
         yield f"{settings.on_disk} of them are read from the disk, taken to give {budget.rates.disk / 1e9:g} GB/s."
 

@@ -105,6 +105,7 @@ def test_a_405b_streams_from_the_disk() -> None:
     made = plan("llama-405b", 24 * GIB)
     assert made.fits and made.fit == "stream" and made.settings.on_disk > 50
     assert any("all of it from about" in reason for reason in made.reasons)
+    assert any("GiB of disk, made once. From the hub 756 GiB are downloaded" in reason for reason in made.reasons)
     # 16 x 2,048 tokens at the ends of 126 layers would take 126 GiB of host memory; those of 512 fit.
     assert not made.settings.by_layer and plan("llama-405b", 24 * GIB, max_seq_len=512).settings.by_layer
     assert any("read from the disk" in reason for reason in made.reasons)

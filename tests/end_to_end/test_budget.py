@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from effitrain import api
+from effitrain.core.budget import CUDA_SLACK_BYTES
 from effitrain.core.errors import BudgetError
 from effitrain.core.plan import make_plan
 from effitrain.train import job as job_room
@@ -115,3 +116,12 @@ def test_evaluations_of_a_run_that_never_took_a_step_are_forgotten(asked, tmp_pa
     assert json.loads((tmp_path / "out" / "run.json").read_text())["evals"]
     alone = api.run(rows.changed(output_dir=str(tmp_path / "alone")))
     assert api.run(rows).loss.eval_before == alone.loss.eval_before
+
+
+def test_the_context_is_measured_where_a_card_is(asked, monkeypatch):
+    card = replace(api.find_budget(asked), device="cuda", overhead_bytes=12 * 2**30 // 10)
+    assert api._measured(card) == card
+    monkeypatch.setattr(api.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(api, "cuda_context_bytes", lambda: 300 * MIB)
+    assert api._measured(card).overhead_bytes == 300 * MIB + CUDA_SLACK_BYTES
+    assert api._measured(api.find_budget(asked)).overhead_bytes == 0
