@@ -6,8 +6,8 @@ Weights are synthetic, data are random words; a step has one micro-batch, of 8,1
 given. Speed is the median over the steps after the first few. Each run is a process of its own, so that its peak is its
 own. A clock runs from the start: what no longer fits is left out, and the results say so.
 
-Runs under a cap compare the measured peak with the predicted one and with the budget. Streamed runs are set against the
-resident run of the same tokens: the ratio of their speeds, and whether their losses are equal bit for bit.
+Runs under a cap compare the measured peak with the predicted one and with the budget. scripts/gpu_compare.py sets the
+streamed 8B against the resident one: bits of loss and gradients, and times of steps.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,16 +35,17 @@ TOKENS = 8192  # of a micro-batch
 STEPS, WARM_UP = 10, 3
 TEST_SECONDS = 240  # at most, of the whole
 # Seconds a run takes until the first of its model has shown it: start, weights, and 11 steps on a card of 150 TFLOP/s.
-GUESS = {"llama-3.2-1b": 45, "llama-3.1-8b": 75, "llama-70b": 200}
+GUESS = {"llama-3.2-1b": 45, "llama-3.1-8b": 75, "llama-70b": 150}
 SLACK = 1.3
 BENCH_SECONDS = 60  # of the kernels of an 8B layer, with what torch.compile takes for three of them
+COMPARE_SECONDS = 100  # of streamed against resident: two models, 700,000 tokens
 
 
 @dataclass(frozen=True)
 class Setting:
     """One run. ``packed``: samples of many lengths share rows of ``max_seq_len``; otherwise every row is one sample.
     ``kernels``: with ours; otherwise torch, cuBLAS and bitsandbytes compute everything. ``gpu_mem``: the cap;
-    ``fit`` and ``resident_layers`` as in a recipe.
+    ``fit`` as in a recipe.
     """
 
     model: str
@@ -55,38 +57,36 @@ class Setting:
     steps: int = STEPS
     gpu_mem: str | None = None
     fit: str = "resident"
-    resident_layers: int | None = None
 
 
-def _streamed(tokens: int, resident_layers: int | None) -> Setting:
-    """The 8B shape at ``tokens`` a step, streamed, or resident where no number of layers is given."""
-    fit = "resident" if resident_layers is None else "stream"
-    return Setting("llama-3.1-8b", tokens, "layer", tokens=tokens, fit=fit, resident_layers=resident_layers)
+def _capped(model: str, cap: str, fit: str = "auto", tokens: int = 2048, steps: int = STEPS) -> Setting:
+    """A run that the plan makes fit under ``cap``."""
+    return Setting(model, tokens, "auto", tokens=tokens, steps=steps, gpu_mem=cap, fit=fit)
 
 
-# The most telling first: the clock cuts from the end.
-SETTINGS = (
+# The most telling first: the clock cuts from the end. Streaming is set against resident after the first, kernels are
+# timed after FIRST.
+FIRST = (
     Setting("llama-3.1-8b", 2048, "layer"),
-    Setting("llama-70b", 4096, "auto", tokens=4096, steps=5, gpu_mem="20G", fit="stream"),
-    *(_streamed(2048, layers) for layers in (None, 0)),
-    *(Setting("llama-3.1-8b", 2048, "auto", tokens=2048, gpu_mem=cap, fit="auto") for cap in ("8G", "12G")),
-    *(_streamed(4096, layers) for layers in (None, 0)),
-    *(_streamed(512, layers) for layers in (None, 0)),
-    Setting("llama-70b", 2048, "auto", tokens=2048, steps=5, gpu_mem="16G", fit="prune"),
+    _capped("llama-70b", "20G", "stream", 4096, steps=3),
+    *(_capped("llama-3.1-8b", cap) for cap in ("8G", "12G")),
+    _capped("llama-3.2-1b", "8G"),
+)
+THEN = (
     Setting("llama-3.1-8b", 2048, "layer", kernels=False),
     Setting("llama-3.2-1b", 2048, "layer"),
     Setting("llama-3.2-1b", 2048, "none"),
     Setting("llama-3.2-1b", 2048, "none", kernels=False),
+    _capped("llama-70b", "16G", "prune", steps=3),
+    *(_capped("llama-3.1-8b", cap) for cap in ("16G", "20G")),
+    _capped("llama-70b", "8G", "stream", steps=3),
     Setting("llama-3.1-8b", 2048, "layer", packed=True),
     Setting("llama-3.1-8b", 2048, "none"),
     Setting("llama-3.1-8b", 512, "layer"),
     Setting("llama-3.2-1b", 512, "layer"),
     Setting("llama-3.2-1b", 512, "none"),
-    *(_streamed(1024, layers) for layers in (None, 0)),
-    *(_streamed(tokens, layers) for tokens in (2048, 512, 4096, 1024) for layers in (16, 29)),
-    *(Setting("llama-3.1-8b", 2048, "auto", tokens=2048, gpu_mem=cap, fit="auto") for cap in ("16G", "20G")),
-    *(Setting("llama-3.2-1b", 2048, "auto", tokens=2048, gpu_mem=cap, fit="auto") for cap in ("8G", "12G")),
-    Setting("llama-70b", 2048, "auto", tokens=2048, steps=5, gpu_mem="12G", fit="stream"),
+    *(_capped("llama-70b", cap, "stream", 4096, steps=3) for cap in ("12G", "16G")),
+    *(_capped("llama-3.2-1b", cap) for cap in ("12G", "16G", "20G")),
 )
 
 
@@ -130,18 +130,23 @@ def suite(out: Path, deadline: float, seconds: float) -> int:
         result["tests"] = tests(Path(work), min(TEST_SECONDS, deadline - time.monotonic()))
         say("tests", result["tests"])
         write_words(Path(work))
-        for setting in SETTINGS:
+        for number, setting in enumerate((*FIRST, *THEN), 1):
             run = {**asdict(setting), **attempt(setting, Path(work), deadline, result["runs"])}
             result["runs"].append(run)
-            result["streamed_over_resident"] = streaming(result["runs"])
             say("run", run)
+            if number == 1:
+                command = [str(ROOT / "scripts" / "gpu_compare.py")]
+                result["streaming"] = answer(command, Path(work), COMPARE_SECONDS, deadline - time.monotonic())
+                say("streaming", result["streaming"])
+            if number == len(FIRST):
+                command = ["-m", "effitrain", "bench", "kernels", "--json", "--shapes", "8B"]
+                result["kernels"] = answer(command, Path(work), BENCH_SECONDS, deadline - time.monotonic())
+                say("kernels", result["kernels"])
             result["seconds"] = round(seconds - (deadline - time.monotonic()), 1)
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(result, indent=2) + "\n")
-        result["kernels"] = time_kernels(Path(work), deadline - time.monotonic())
-        say("kernels", result["kernels"])
-        out.write_text(json.dumps(result, indent=2) + "\n")
-    failed = [part for part in (result["tests"], *result["runs"], result["kernels"]) if "failed" in part]
+    parts = (result["tests"], *result["runs"], result["streaming"], result["kernels"])
+    failed = [part for part in parts if "failed" in part or part.get("equal") is False]
     print(f"{result['seconds']:.0f} s, {len(failed)} parts failed; results in {out}")
     return int(bool(failed))
 
@@ -185,13 +190,12 @@ def tests(work: Path, seconds: float) -> dict[str, Any]:
     return {**counts, "failed": broken} if broken or done.returncode else counts
 
 
-def time_kernels(work: Path, left: float) -> dict[str, Any]:
-    """What ``effitrain bench kernels`` prints, in the time that is left."""
-    if left < BENCH_SECONDS:
-        return {"skipped": f"{left:.0f} s are left and it takes about {BENCH_SECONDS} s"}
-    command = [sys.executable, "-P", "-m", "effitrain", "bench", "kernels", "--json", "--shapes", "8B"]
+def answer(arguments: list[str], work: Path, needed: float, left: float) -> dict[str, Any]:
+    """The JSON that Python with ``arguments`` prints, in the time that is left."""
+    if left < needed:
+        return {"skipped": f"{left:.0f} s are left and it takes about {needed} s"}
     try:
-        done = run(command, work, left)
+        done = run([sys.executable, "-P", *arguments], work, left)
     except subprocess.TimeoutExpired:
         return {"failed": f"not done when the {left:.0f} s that were left had passed"}
     return {"failed": last_lines(done)} if done.returncode else json.loads(done.stdout)
@@ -229,12 +233,12 @@ def measure(setting: Setting, work: Path) -> dict[str, Any]:
     from effitrain import api
 
     data = work / ("samples.jsonl" if setting.packed else "words.txt")
-    out = work / "-".join(str(value) for value in asdict(setting).values())
+    out = Path(tempfile.mkdtemp(dir=work))
     asked = api.recipe(
         model=setting.model, weights="synthetic", dataset=str(data), format="text", eval_fraction=0.0,
         packing=setting.packed, max_seq_len=setting.max_seq_len, batch_size=setting.tokens // setting.max_seq_len,
         grad_accum=1, max_steps=setting.steps, save_every=setting.steps, recompute=setting.recompute,
-        gpu_mem=setting.gpu_mem, fit=setting.fit, resident_layers=setting.resident_layers, output_dir=str(out),
+        gpu_mem=setting.gpu_mem, fit=setting.fit, output_dir=str(out),
     )  # fmt: skip
     plan = api.plan(asked)
     if not plan.fits:
@@ -242,6 +246,7 @@ def measure(setting: Setting, work: Path) -> dict[str, Any]:
     report = api.run(asked)
     assert report is not None
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(out)  # checkpoint and adapters of a 70B take gigabytes
     warm_up = min(WARM_UP, setting.steps - 2)
     speeds = [line["tokens_per_second"] for line in lines[warm_up:]]
     memory = report.memory
@@ -253,6 +258,7 @@ def measure(setting: Setting, work: Path) -> dict[str, Any]:
         "prediction_error": round(memory.predicted_peak_bytes / memory.measured_peak_bytes - 1, 4),
         "tokens_per_second_estimate": plan.tokens_per_second_estimate,
         "stream": report.stream,
+        "train_seconds": report.seconds,  # without the copies' wait_seconds: those of computing
         "tokens_per_second": round(statistics.median(speeds), 1),
         "tokens_per_second_of_steps": [round(speed, 1) for speed in speeds],
         "tokens_of_steps": [line["tokens"] for line in lines[warm_up:]],
@@ -277,22 +283,6 @@ def card_figures() -> dict[str, Any]:
         "reserved_peak_bytes": torch.cuda.max_memory_reserved(),
         "allocated_peak_bytes": torch.cuda.max_memory_allocated(),
     }
-
-
-def streaming(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Streamed runs of the 8B shape against the resident run of the same tokens."""
-    done = [run for run in runs if run["model"] == "llama-3.1-8b" and run["gpu_mem"] is None and "losses" in run]
-    resident = {run["tokens"]: run for run in done if run["fit"] == "resident" and run["tokens"] == run["max_seq_len"]}
-    return [
-        {
-            "tokens": run["tokens"],
-            "resident_layers": run["resident_layers"],
-            "step_time_over_resident": round(alone["tokens_per_second"] / run["tokens_per_second"], 4),
-            "equal_losses": run["losses"] == alone["losses"],
-        }
-        for run in done
-        if run["fit"] == "stream" and (alone := resident.get(run["tokens"]))
-    ]
 
 
 def write_words(work: Path) -> None:

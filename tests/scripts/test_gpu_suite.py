@@ -1,36 +1,66 @@
 """The GPU suite rehearsed on a CPU: its runs and what it makes of them, on the built-in model's shape."""
 
 import importlib.util
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from effitrain.model.load import load_model
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_suite.py"
+
+
+def load(name):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def suite():
-    spec = importlib.util.spec_from_file_location("gpu_suite", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["gpu_suite"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
+    yield load("gpu_suite")
     del sys.modules["gpu_suite"]
 
 
-def test_a_streamed_run_is_set_against_the_resident_one(suite, tmp_path):
+def test_resident_streamed_and_pruned_runs(suite, tmp_path):
     suite.write_words(tmp_path)
-    runs = []
-    for fit, layers in (("resident", None), ("stream", 2)):
-        setting = suite.Setting("tiny", 64, "layer", tokens=64, steps=3, fit=fit, resident_layers=layers)
-        runs.append({**suite.asdict(setting), **suite.measure(setting, tmp_path)})
-    assert [run["planned"] for run in runs] == ["resident", "stream"] and all(run["within_budget"] for run in runs)
-    assert runs[1]["stream"]["streamed_layers"] == 4 and all(abs(run["prediction_error"]) < 0.05 for run in runs)
-    (compared,) = suite.streaming([{**run, "model": "llama-3.1-8b"} for run in runs])
-    assert compared["equal_losses"] and compared["tokens"] == 64 and compared["step_time_over_resident"] > 0
+    for fit in ("resident", "stream", "prune"):
+        setting = suite.Setting("tiny", 64, "layer", tokens=64, steps=3, fit=fit)
+        run = suite.attempt(setting, tmp_path, time.monotonic() + 600, [])
+        assert run["planned"] == fit and run["within_budget"] and abs(run["prediction_error"]) < 0.05
+        assert (run["stream"] is not None) == (fit == "stream") and len(run["losses"]) == 3
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "cache"]
+
+
+def test_streamed_against_resident(suite, tmp_path):
+    """The command of the suite, on a small model: the same bits, and times of both sides."""
+    arguments = [str(SCRIPT.with_name("gpu_compare.py")), "--model", "tiny", "--tokens", "48,64", "--shares", "0,0.4"]
+    found = suite.answer(arguments, tmp_path, 1, 600)
+    assert found["equal"] and all(bits["greatest_gradient"] > 0 for bits in found["bits"])
+    assert [(row["resident_layers"], row["tokens"]) for row in found["times"]] == [(0, 48), (0, 64), (2, 48), (2, 64)]
+    copied = [row["copies"] for row in found["times"]]
+    assert copied == [5 * 2 * 3] * 2 + [5 * 2 * 1] * 2  # steps, directions, streamed layers that have no slot of their own
+    assert all(row["step_time_over_resident"] > 0 for row in found["times"])
+
+
+def test_wrong_bits_are_told(monkeypatch, tmp_path):
+    """A streamed side that has other weights is no longer equal."""
+    compare = load("gpu_compare")
+    monkeypatch.setattr(compare, "load_model", lambda base, recipe, device, placement=None: load_model(
+        replace(base, synthetic_seed=1) if placement else base, recipe, device, placement=placement))
+    assert not compare.compare("tiny", (16,), (0.0,))["equal"]
+
+
+def test_what_no_longer_fits_the_clock_says_so(suite, tmp_path):
+    assert "100 s are left" in suite.answer(["-c", "print(1)"], tmp_path, 101, 100)["skipped"]
+    assert "no such thing" in suite.answer(["-c", "raise SystemExit('no such thing')"], tmp_path, 1, 100)["failed"]
 
 
 def test_what_does_not_fit_its_cap_says_so(suite, tmp_path):
@@ -42,6 +72,6 @@ def test_what_does_not_fit_its_cap_says_so(suite, tmp_path):
 def test_every_setting_names_what_a_plan_can_make_of_it(suite):
     from effitrain.core.recipe import make_recipe
 
-    for setting in suite.SETTINGS:
+    for setting in (*suite.FIRST, *suite.THEN):
         assert setting.tokens % setting.max_seq_len == 0 and setting.model in suite.GUESS
-        make_recipe({"recompute": setting.recompute, "fit": setting.fit, "resident_layers": setting.resident_layers})
+        make_recipe({"recompute": setting.recompute, "fit": setting.fit})
