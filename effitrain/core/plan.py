@@ -179,6 +179,8 @@ def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
     settings, recipe, have = choice.settings, way.recipe, format_bytes(budget.gpu_bytes)
     if settings.streamed:
         yield from _explain_streaming(way, choice, budget)
+    if way.fit == "prune":
+        yield "It trains on a pruned model, an approximation: the report tells how much of the gain arrives."
     if way.prune_ratio is not None and recipe.prune_ratio is None:
         yield f"Pruned by {way.prune_ratio:g}: the smallest ratio of the table that fits {have}."
     if recipe.batch_size is None:

@@ -46,15 +46,22 @@ def test_streamed_against_resident(suite, tmp_path):
     assert found["equal"] and all(bits["greatest_gradient"] > 0 for bits in found["bits"])
     assert [(row["resident_layers"], row["tokens"]) for row in found["times"]] == [(0, 48), (0, 64), (2, 48), (2, 64)]
     copied = [row["copies"] for row in found["times"]]
-    assert copied == [5 * 2 * 3] * 2 + [5 * 2 * 1] * 2  # steps, directions, streamed layers that have no slot of their own
+    assert (
+        copied == [5 * 2 * 3] * 2 + [5 * 2 * 1] * 2
+    )  # steps, directions, streamed layers that have no slot of their own
     assert all(row["step_time_over_resident"] > 0 for row in found["times"])
 
 
 def test_wrong_bits_are_told(monkeypatch, tmp_path):
     """A streamed side that has other weights is no longer equal."""
     compare = load("gpu_compare")
-    monkeypatch.setattr(compare, "load_model", lambda base, recipe, device, placement=None: load_model(
-        replace(base, synthetic_seed=1) if placement else base, recipe, device, placement=placement))
+    monkeypatch.setattr(
+        compare,
+        "load_model",
+        lambda base, recipe, device, placement=None: load_model(
+            replace(base, synthetic_seed=1) if placement else base, recipe, device, placement=placement
+        ),
+    )
     assert not compare.compare("tiny", (16,), (0.0,))["equal"]
 
 
