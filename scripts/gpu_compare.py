@@ -5,7 +5,7 @@
 Weights are synthetic, both sides compute every layer again, a step is one sample of random tokens; sides take turns and
 medians count. Flash attention adds up gradients in any order, so its bits may differ from step to step with nothing
 wrong: the bits are compared with torch's plain attention, and of the usual one it is said how far streamed lies from
-resident and resident from itself. The result is the last line, as JSON. Without a card it runs on the CPU, to be rehearsed.
+resident and resident from itself. The result is the last line, as JSON. Without a card it is rehearsed on the CPU.
 """
 
 import argparse

@@ -204,7 +204,7 @@ def answer(arguments: list[str], work: Path, needed: float, left: float) -> dict
 def attempt(setting: Setting, work: Path, deadline: float, before: list[dict[str, Any]]) -> dict[str, Any]:
     """One setting in a process of its own, or why not."""
     shown = [run["seconds"] for run in before if run["model"] == setting.model and "seconds" in run]
-    needed, left = SLACK * max(shown, default=GUESS[setting.model]), deadline - time.monotonic()
+    needed, left = SLACK * max(shown, default=GUESS.get(setting.model, 60)), deadline - time.monotonic()
     if left < needed:
         return {"skipped": f"{left:.0f} s are left and it takes about {needed:.0f} s"}
     command = [sys.executable, "-P", __file__, "--setting", json.dumps(asdict(setting)), "--work", str(work)]
