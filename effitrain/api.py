@@ -17,7 +17,7 @@ from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.carry_out import cap, carry_out, placement_of
 from effitrain.core.budget import CUDA_SLACK_BYTES, MemoryBudget
-from effitrain.core.choices import sequence_length
+from effitrain.core.choices import compute_dtype, sequence_length
 from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
@@ -171,8 +171,7 @@ def prune(recipe: Recipe, tell: Callable[[str], None] = lambda text: None) -> Pa
     base, target = find_base(recipe.model), Path(recipe.output_dir)
     small_spec(base.spec, recipe)
     budget = find_budget(recipe)
-    dtype = recipe.dtype if recipe.dtype != "auto" else budget.half if budget.device == "cuda" else "fp32"
-    recipe = recipe.changed(dtype=dtype, max_seq_len=sequence_length(base.spec, recipe))
+    recipe = recipe.changed(dtype=compute_dtype(recipe, budget), max_seq_len=sequence_length(base.spec, recipe))
     base = base.fetched()
     remove_stale(target.parent, target.name)
     make_small(base, recipe, lambda: calibrate(recipe, base), _device(budget), target, tell)

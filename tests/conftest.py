@@ -1,22 +1,40 @@
-"""What every test gets: no network, its own cache, fixed seeds, no thread left behind; data and models to ask for."""
+"""What every test gets: no network, its own cache, fixed seeds, no thread left behind; data, models and the command
+line to ask for."""
 
+import io
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
 
+class Answer(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _matplotlib_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One font cache a session: making it takes a second, and the caches of single tests are new every time."""
-    os.environ["MPLCONFIGDIR"] = str(tmp_path_factory.mktemp("matplotlib"))
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache for what module fixtures run, before any test has its own; no variable left that the command sets; one
+    font cache a session, since making it takes a second.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +57,22 @@ def _no_thread_left() -> Iterator[None]:
         if type(thread).__name__ not in ("TMonitor", "_DummyThread"):
             thread.join(max(0.0, deadline - time.monotonic()))
             assert not thread.is_alive(), f"thread {thread.name!r} still runs after the test"
+
+
+@pytest.fixture(scope="session")
+def effitrain() -> Callable[..., Answer]:
+    """``effitrain(*arguments)``: the command line, in this process for speed."""
+
+    def call(*arguments: object) -> Answer:
+        from effitrain.cli.main import main
+
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.raises(SystemExit) as end, redirect_stdout(out), redirect_stderr(err):
+            main([str(argument) for argument in arguments])
+        assert isinstance(end.value.code, int)
+        return Answer(end.value.code, out.getvalue(), err.getvalue())
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
+from effitrain.core.names import nearest_name
 from effitrain.core.recipe import LATER, Recipe, read_recipe_file
 
 MODEL_FIELDS = ("model", "weights")
@@ -34,10 +35,16 @@ def recipe_fields(values: dict[str, Any]) -> dict[str, Any]:
     return {**(read_recipe_file(config) if config else {}), **given}
 
 
-def unknown_option_hint(option: str) -> str | None:
-    """What to say of a flag of the published command line that this version does not have."""
-    feature = LATER.get(option.lstrip("-").removeprefix("no-").replace("-", "_"))
-    return f"{option} belongs to {feature}, which this version does not have yet." if feature else None
+def unknown_option(error: click.NoSuchOption) -> str:
+    """What to say of a flag that the command does not have: it comes later, or which one was probably meant."""
+    name = error.option_name.lstrip("-").removeprefix("no-").replace("-", "_")
+    if feature := LATER.get(name):
+        return f"{error.option_name} belongs to {feature}, which this version does not have yet."
+    own = [param.name for param in error.ctx.command.params if param.name] if error.ctx else []
+    nearest = nearest_name(name, own)
+    hint = f" Did you mean --{nearest.replace('_', '-')}?" if nearest else ""
+    command = error.ctx.command_path if error.ctx else "effitrain"
+    return f"No such flag: {error.option_name}.{hint}\n{command} --help lists them."
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[Any], Any]:

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from effitrain.cli.flags import unknown_option_hint
+from effitrain.cli.flags import unknown_option
 from effitrain.core.errors import EffitrainError
 
 VERBS = ("plan", "run", "prune", "recover", "eval", "chat", "export", "store", "doctor", "bench")
@@ -47,7 +47,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = cli.main(args, prog_name="effitrain", standalone_mode=False)
     except click.NoSuchOption as error:
-        _fail(unknown_option_hint(error.option_name) or error.format_message(), 2)
+        _fail(unknown_option(error), 2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except EffitrainError as error:

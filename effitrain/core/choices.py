@@ -17,6 +17,7 @@ DEFAULT_MAX_SEQ_LEN = 2048
 ADAPTER_LR = 2e-4
 # Beyond this many tokens a CPU gains no speed from a larger micro-batch.
 CPU_MICRO_BATCH_TOKENS = 4096
+Dtype = Literal["bf16", "fp16", "fp32"]
 Weights = Literal["resident", "streamed"]
 Recompute = Literal["none", "mlp", "layer"]
 
@@ -79,6 +80,13 @@ def sequence_length(spec: ModelSpec, recipe: Recipe) -> int:
     return recipe.max_seq_len or min(spec.max_positions, DEFAULT_MAX_SEQ_LEN)
 
 
+def compute_dtype(recipe: Recipe, budget: MemoryBudget) -> Dtype:
+    """The recipe's, else the card's half precision, and fp32 on a CPU."""
+    if recipe.dtype != "auto":
+        return recipe.dtype
+    return budget.half if budget.device == "cuda" else "fp32"
+
+
 def _choice(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> Choice:
     speed = tokens_per_second(spec, recipe, settings, budget.rates)
     return Choice(spec, settings, make_ledger(spec, recipe, settings, budget), speed)
@@ -120,7 +128,6 @@ def _most(limit: int, room: Callable[[int], int]) -> int:
 
 def _candidates(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: Weights) -> Iterator[Settings]:
     length = sequence_length(spec, recipe)
-    dtype = recipe.dtype if recipe.dtype != "auto" else budget.half if budget.device == "cuda" else "fp32"
     for recompute, offload in _kept(recipe, weights):
         for batch_size in _batch_sizes(recipe, length, budget.device):
             accum = recipe.grad_accum or max(1, round(SAMPLES_PER_STEP / batch_size))
@@ -129,7 +136,7 @@ def _candidates(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: 
                     max_seq_len=length,
                     batch_size=batch_size,
                     grad_accum=accum,
-                    dtype=dtype,
+                    dtype=compute_dtype(recipe, budget),
                     recompute=recompute,
                     offload=offload,
                     optimizer=recipe.optimizer or "adamw",

@@ -1,6 +1,5 @@
 """The recipe: every choice of a run, as one frozen value. The command line's flags are made from these fields."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from effitrain.core.errors import InputError
+from effitrain.core.names import nearest_name
 from effitrain.core.units import parse_bytes
 
 # Flags of the published command line whose feature this version does not have yet, and that feature.
@@ -301,8 +301,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
 def _unknown(key: str) -> str:
     if key in LATER:
         return f"{_flag_name(key)} belongs to {LATER[key]}, which this version does not have yet."
-    nearest = difflib.get_close_matches(key, Recipe.model_fields, n=1, cutoff=0.5)
-    return f"Unknown key {key!r}." + (f" Did you mean {nearest[0]!r}?" if nearest else "")
+    nearest = nearest_name(key, Recipe.model_fields)
+    return f"Unknown key {key!r}." + (f" Did you mean {nearest!r}?" if nearest else "")
 
 
 def _not_yet(field: str, value: str) -> str:
@@ -312,4 +312,5 @@ def _not_yet(field: str, value: str) -> str:
 def _describe(item: Any) -> str:
     field = str(item["loc"][0])
     message = item["msg"].removeprefix("Value error, ")
-    return f"{_flag_name(field)} {item['input']!r}: {message[0].lower()}{message[1:]}."
+    end = "" if message.endswith("?") else "."
+    return f"{_flag_name(field)} {item['input']!r}: {message[0].lower()}{message[1:]}{end}"

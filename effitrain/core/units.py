@@ -6,25 +6,25 @@ from effitrain.core.errors import InputError
 
 _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 _PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?B)?|B)?\s*$", re.IGNORECASE)
+# Nobody means a budget below this: 24 stands for GiB, and 24576 for the MiB that nvidia-smi shows.
+LEAST_BYTES = 100_000
 
 
 def parse_bytes(text: str | int) -> int:
     """Bytes of ``text``; a bare number counts bytes.
 
     Raises:
-        InputError: not a size, or not above zero.
+        InputError: not a size, or below ``LEAST_BYTES``.
     """
-    if isinstance(text, int) and not isinstance(text, bool):
-        size = text
-    else:
-        match = _PATTERN.match(str(text))
-        if not match:
-            raise InputError(f"{text!r} is not a memory size.", next_step="Write it like 20G, 20GiB, 20GB or 512M.")
-        number, unit, suffix = match.groups()
-        base = 1000 if (suffix or "").upper() == "B" else 1024
-        size = int(float(number) * base ** (_POWERS[unit.upper()] if unit else 0))
-    if size <= 0:
-        raise InputError(f"A memory size must be above zero, not {text!r}.", next_step="Write it like 20G.")
+    match = _PATTERN.match(str(text))
+    if not match:
+        raise InputError(f"{text!r} is not a memory size.", next_step="Write it like 20G, 20GiB, 20GB or 512M.")
+    number, unit, suffix = match.groups()
+    base = 1000 if (suffix or "").upper() == "B" else 1024
+    size = int(float(number) * base ** (_POWERS[unit.upper()] if unit else 0))
+    if size < LEAST_BYTES:
+        meant = f"{number}{'G' if float(number) <= 1024 else 'M'}" if float(number) else "20G"
+        raise InputError(f"The memory size {text!r} is {size} bytes.", next_step=f"Did you mean {meant}?")
     return size
 
 

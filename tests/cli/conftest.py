@@ -1,51 +1,17 @@
-"""What the tests of the command line share: calling it in this process, a finished run, and a place for bad input."""
+"""What the tests of the command line share: a finished run, and a place for bad input."""
 
 import hashlib
-import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 PROGRESS = re.compile(r"(^|\r)(loading|training|merging):[^\r\n]*|\r|\x1b\[A")
-
-
-class Answer(NamedTuple):
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache for what module fixtures run, before any test has its own; and no variable left that the command sets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")
-        yield
-
-
-@pytest.fixture(scope="session")
-def effitrain() -> Callable[..., Answer]:
-    """``effitrain(*arguments)``: the command line, in this process for speed."""
-    from effitrain.cli.main import main
-
-    def call(*arguments: object) -> Answer:
-        out, err = io.StringIO(), io.StringIO()
-        with pytest.raises(SystemExit) as end, redirect_stdout(out), redirect_stderr(err):
-            main([str(argument) for argument in arguments])
-        assert isinstance(end.value.code, int)
-        return Answer(end.value.code, out.getvalue(), err.getvalue())
-
-    return call
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +33,7 @@ def asked(tiny_model: Callable[..., Path], rows: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="session")
-def finished(
-    effitrain: Callable[..., Answer], asked: dict[str, object], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def finished(effitrain: Callable[..., Any], asked: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of that run, finished; do not change it."""
     folder = tmp_path_factory.mktemp("finished") / "out"
     answer = effitrain("run", *(part for pair in asked.items() for part in pair), "-o", folder)
@@ -137,12 +101,12 @@ def place(tmp_path: Path, asked: dict[str, object], finished: Path) -> Place:
 
 
 @pytest.fixture
-def refused(effitrain: Callable[..., Answer], place: Place) -> Callable[..., Answer]:
+def refused(effitrain: Callable[..., Any], place: Place) -> Callable[..., Any]:
     """``refused(arguments, words, code=2)``: the command ends in one message with all of ``words`` in it, and all that
     was there is unchanged; no result is written.
     """
 
-    def check(arguments: list[object], words: tuple[str, ...], code: int = 2) -> Answer:
+    def check(arguments: list[object], words: tuple[str, ...], code: int = 2) -> Any:
         watched = (place.root, place.finished, Path(str(place.asked["--model"])))
         before = snapshot(*watched)
         answer = effitrain(*arguments)

@@ -5,7 +5,7 @@ import pytest
 
 from effitrain.core.budget import GIB, MemoryBudget
 from effitrain.core.cards import Rates
-from effitrain.core.choices import Choice, best, leanest, list_choices, sequence_length
+from effitrain.core.choices import Choice, best, compute_dtype, leanest, list_choices, sequence_length
 from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
 from effitrain.core.spec import ModelSpec, spec_from_config
@@ -125,6 +125,18 @@ def test_defaults_by_device() -> None:
     assert {choice.settings.dtype for choice in choices(CPU, dtype="bf16")} == {"bf16"}
     assert {choice.settings.lr for choice in choices()} == {2e-4}
     assert {choice.settings.lr for choice in choices(lr=1e-3)} == {1e-3}
+
+
+@pytest.mark.parametrize(
+    ("device", "half", "asked", "expected"),
+    [
+        ("cpu", "bf16", "auto", "fp32"), ("cuda", "bf16", "auto", "bf16"), ("cuda", "fp16", "auto", "fp16"),
+        ("cpu", "bf16", "bf16", "bf16"), ("cuda", "fp16", "fp32", "fp32"),
+    ],
+)  # fmt: skip
+def test_the_dtype_is_the_recipes_or_the_devices(device: Any, half: Any, asked: str, expected: str) -> None:
+    budget = MemoryBudget(GIB, GIB, 0, device, half=half)
+    assert compute_dtype(make_recipe({"dtype": asked}), budget) == expected
 
 
 def test_length_is_the_models_at_most_2048() -> None:

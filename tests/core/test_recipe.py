@@ -81,7 +81,8 @@ def test_all_bad_fields_come_in_one_message() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "nearest"), [("batchsize", "batch_size"), ("model_name", "model"), ("lora_rank", "lora_targets|lora_r")]
+    ("key", "nearest"),
+    [("batchsize", "batch_size"), ("model_name", "model"), ("lora_rank", "lora_r"), ("learning_rate", "lr")],
 )
 def test_an_unknown_key_gets_the_nearest_name(key: str, nearest: str) -> None:
     with pytest.raises(InputError, match=f"Unknown key '{key}'. Did you mean '({nearest})'"):
@@ -125,7 +126,7 @@ recipes = st.fixed_dictionaries(
         "model": st.text(st.characters(codec="utf-8", exclude_categories=("C",)), min_size=1),
         "columns": st.dictionaries(st.sampled_from(["prompt", "completion"]), st.text("abc", min_size=1)),
         "lora_targets": st.lists(st.sampled_from(["q_proj", "lm_head"]), min_size=1),
-        "gpu_mem": st.integers(1, 2**50),
+        "gpu_mem": st.integers(2**20, 2**50),
         "lr": st.floats(1e-9, 1.0),
         "seed": st.integers(0, 2**63 - 1),
         "packing": st.booleans(),

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effitrain.core.errors import InputError
-from effitrain.core.units import format_bytes, parse_bytes
+from effitrain.core.units import LEAST_BYTES, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -14,28 +14,35 @@ from effitrain.core.units import format_bytes, parse_bytes
         ("20GB", 20 * 10**9),
         ("1.5g", 3 * 2**29),
         (" 512 M ", 512 * 2**20),
-        ("3KB", 3000),
+        ("3000KB", 3_000_000),
         ("2T", 2 * 2**40),
-        ("100B", 100),
-        ("100", 100),
-        (7, 7),
+        ("200000B", 200_000),
+        ("100000", 100_000),
+        (7 * 2**20, 7 * 2**20),
     ],
 )
 def test_sizes_as_people_write_them(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "G", "20 X", "-1G", "1e9", "20G20", "nan", "20,5G", None, True, [1]])
+@pytest.mark.parametrize("text", ["", "G", "20 X", "-1G", "1e9", "20G20", "nan", "20,5G", -5, "-5", None, True, [1]])
 def test_what_is_no_size_is_refused_with_an_example(text: object) -> None:
     with pytest.raises(InputError, match="not a memory size") as caught:
         parse_bytes(text)  # type: ignore[arg-type]
     assert "20G" in caught.value.next_step
 
 
-@pytest.mark.parametrize("text", ["0", "0G", 0, -5, "0.0000001K"])
-def test_nothing_is_no_budget(text: str | int) -> None:
-    with pytest.raises(InputError, match="above zero"):
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("20", "20G"), (24, "24G"), ("1.5 ", "1.5G"), ("24576", "24576M"), (99_999, "99999M"), ("9K", "9G"),
+        ("20B", "20G"), ("0", "20G"), ("0G", "20G"), (0, "20G"), ("0.0000001K", "0.0000001G"),
+    ],
+)  # fmt: skip
+def test_what_is_too_small_asks_for_another_unit(text: str | int, meant: str) -> None:
+    with pytest.raises(InputError, match=r"is \d+ bytes") as caught:
         parse_bytes(text)
+    assert caught.value.next_step == f"Did you mean {meant}?"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +61,6 @@ def test_sizes_for_people(size: int, text: str) -> None:
     assert format_bytes(size) == text
 
 
-@given(st.integers(1, 2**50))
+@given(st.integers(2 * LEAST_BYTES, 2**50))
 def test_what_is_formatted_reads_back_within_its_digits(size: int) -> None:
     assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=0.06)
