@@ -198,8 +198,9 @@ def recover(adapter: str, keep: str, model: str, target: str) -> Path:
 def _begin(folder: RunFolder, asked: Recipe, recipe: Recipe, the_plan: Plan) -> tuple[Recipe, RunFolder]:
     """Write down what is about to be done; the recipe with every choice made, and the folder that knows it."""
     resolved = resolve(recipe, the_plan)
-    known = folder.notes["recipes"] if folder.knows(asked) else []
-    folder = folder.note(recipes=sorted({*known, asked.fingerprint(), resolved.fingerprint()}))
+    recipes = list(folder.notes["recipes"]) if folder.knows(asked) else []
+    recipes += [new for new in (asked.result_fields(), resolved.result_fields()) if new not in recipes]
+    folder = folder.note(recipes=recipes)
     write_text(folder.path / "recipe.yaml", resolved.to_yaml())
     write_json(folder.path / "plan.json", the_plan.to_json())
     return resolved, folder

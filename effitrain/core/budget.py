@@ -21,7 +21,7 @@ _HOST_SHARE = (8, 10)
 class MemoryBudget:
     """Bytes a run may take. ``overhead_bytes`` is the context and slack inside ``gpu_bytes``; 0 on a CPU.
 
-    On a CPU ``gpu_bytes`` counts the tensors of the step. ``notice`` tells of a budget that was clipped;
+    On a CPU ``gpu_bytes`` counts the tensors of the step. ``notices`` tell of a budget that was clipped or assumed;
     ``half`` is the half precision that the card computes in, bf16 since Ampere; ``rates`` are what speed is estimated
     from, of a typical card where this one is not known.
     """
@@ -31,7 +31,7 @@ class MemoryBudget:
     overhead_bytes: int
     device: Literal["cpu", "cuda"]
     card: str | None = None
-    notice: str = ""
+    notices: tuple[str, ...] = ()
     half: Literal["bf16", "fp16"] = "bf16"
     rates: Rates = CARDS[TYPICAL].rates
 
@@ -72,10 +72,10 @@ def make_budget(
     if device == "cpu":
         return MemoryBudget(recipe.gpu_mem or host_share, host_bytes, 0, "cpu", rates=cpu_rates(cores))
     asked = recipe.gpu_mem or gpu_free
-    notice = ""
+    notices: tuple[str, ...] = ()
     if asked > gpu_free:
         has = f"{card or 'the card'} has {format_bytes(gpu_free)}"
-        notice = f"The budget {format_bytes(asked)} is clipped: {has}."
+        notices = (f"The budget {format_bytes(asked)} is clipped: {has}.",)
     half = find_card(recipe.gpu).half if recipe.gpu else "bf16"
     rates = find_card(recipe.gpu).rates if recipe.gpu else rates_of(card) or CARDS[TYPICAL].rates
-    return MemoryBudget(min(asked, gpu_free), host_bytes, CUDA_OVERHEAD_BYTES, "cuda", card, notice, half, rates)
+    return MemoryBudget(min(asked, gpu_free), host_bytes, CUDA_OVERHEAD_BYTES, "cuda", card, notices, half, rates)

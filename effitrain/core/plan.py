@@ -165,8 +165,7 @@ def _shortfalls(choice: Choice, budget: MemoryBudget) -> Iterator[str]:
 
 
 def _notices(spec: ModelSpec, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
-    if budget.notice:
-        yield budget.notice
+    yield from budget.notices
     if budget.device == "cuda" and rates_of(budget.card) is None:
         yield f"Speed is estimated as on an {TYPICAL}: the card is not known."
     if choice.settings.max_seq_len > spec.max_positions:

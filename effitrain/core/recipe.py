@@ -1,7 +1,5 @@
 """The recipe: every choice of a run, as one frozen value. The command line's flags are made from these fields."""
 
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -216,10 +214,9 @@ class Recipe(BaseModel):
         """The recipe as YAML that ``--config`` reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    def fingerprint(self) -> str:
-        """Hash of the fields that decide the result: not of where it goes, nor of how it is watched."""
-        kept = self.model_dump(mode="json", exclude=RUNTIME_FIELDS)
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    def result_fields(self) -> dict[str, Any]:
+        """The fields that decide the result, for JSON: not where it goes, nor how it is watched."""
+        return self.model_dump(mode="json", exclude=RUNTIME_FIELDS)
 
 
 # Fields that change where a run goes or how it is watched, never what it computes.

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Literal
 
 from effitrain.core.budget import MemoryBudget, make_budget
 from effitrain.core.recipe import Recipe
+from effitrain.core.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,20 @@ def find_budget(recipe: Recipe, assume_card: bool = False) -> MemoryBudget:
     budget = make_budget(recipe, device, free, free_host_bytes(), found.name if found else None, os.cpu_count() or 1)
     if found and not recipe.gpu:
         return replace(budget, half=found.half)
-    if assume_card and not found and not recipe.gpu:
-        return replace(budget, notice="No card was found here: this plan is for a CUDA card with that memory.")
-    return budget
+    return replace(budget, notices=(*budget.notices, *_assumed(recipe, budget)))
+
+
+def _assumed(recipe: Recipe, budget: MemoryBudget) -> Iterator[str]:
+    """What a plan for a card that is not here takes for granted."""
+    if budget.device == "cpu":
+        return
+    if not recipe.gpu:
+        yield "No card was found here: this plan is for a CUDA card with that memory."
+    if recipe.host_mem is None:
+        yield (
+            f"Host memory is taken as this machine's: {format_bytes(budget.host_bytes)}, 80 % of what is free here."
+            " Name another with --host-mem."
+        )
 
 
 @cache

@@ -41,7 +41,18 @@ class RunFolder:
 
     def knows(self, recipe: Recipe) -> bool:
         """Whether ``recipe`` is the one that was asked for here, or what the plan made of it."""
-        return recipe.fingerprint() in self.notes.get("recipes", [])
+        return recipe.result_fields() in self._known
+
+    def differences(self, recipe: Recipe) -> list[str]:
+        """What ``recipe`` asks for otherwise than the nearest one known here, as ``--seed 42 -> 3``."""
+        asked = recipe.result_fields()
+        known = [{key: (old.get(key), new) for key, new in asked.items() if old.get(key) != new} for old in self._known]
+        changed = min(known, key=len, default={})
+        return [f"--{key.replace('_', '-')} {_shown(old)} -> {_shown(new)}" for key, (old, new) in changed.items()]
+
+    @property
+    def _known(self) -> list[dict[str, Any]]:
+        return list(self.notes.get("recipes", []))
 
     def note(self, **values: Any) -> "RunFolder":
         """Write ``values`` into run.json beside what it holds."""
@@ -67,12 +78,25 @@ def open_run(recipe: Recipe) -> RunFolder:
         raise InputError(f"{path} holds {foreign[0]}, which no run of effitrain left there.", next_step=_ANOTHER)
     trained = folder.finished or any((path / "checkpoints").glob("step-*"))
     if trained and not folder.knows(recipe):
+        trains_on = f" To train on from its adapter, add --init-adapter {path}." if (path / "adapter").is_dir() else ""
         raise InputError(
-            f"{path} holds the run of another recipe.",
+            f"{path} holds the run of another recipe: {', '.join(folder.differences(recipe))}.",
             f"What it trains is in {path / 'recipe.yaml'}.",
-            "Name another output folder with -o, or remove this one.",
+            f"{_ANOTHER}{trains_on}",
         )
     return folder
+
+
+def _shown(value: Any) -> str:
+    """A field as the command line writes it."""
+    if value is None:
+        return "auto"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | dict):
+        pairs = value.items() if isinstance(value, dict) else []
+        return ",".join([f"{name}={column}" for name, column in pairs] or map(str, value))
+    return str(value)
 
 
 def _read_notes(path: Path) -> dict[str, Any]:

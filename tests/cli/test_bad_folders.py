@@ -91,7 +91,14 @@ FOLDERS = {
         lambda p: p.run(o=None, output_dir="/proc/effitrain"),
         ("cannot be", "-o"),
     ),
-    "output of another recipe": (lambda p: p.run(o=None, output_dir=p.finished, seed=3), ("another recipe", "-o")),
+    "output of another recipe": (
+        lambda p: p.run(o=None, output_dir=p.finished, seed=3),
+        ("another recipe: --seed 42 -> 3.", "-o"),
+    ),
+    "a finished run made longer": (
+        lambda p: p.run(o=None, output_dir=p.finished, max_steps=40, lora_targets="q_proj,v_proj"),
+        ("--max-steps 2 -> 40, --lora-targets auto -> q_proj,v_proj.", "-o", "--init-adapter"),
+    ),
     "damaged notes of a run": (foreign_notes, ("run.json",)),
     "report of something else": (foreign_report, ("report.json",)),
     "resume from nothing": (lambda p: p.run(resume=p.root / "step-9"), ("step-9", "not a checkpoint")),

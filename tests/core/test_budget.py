@@ -45,16 +45,16 @@ def test_on_a_cpu_the_tensors_count_and_nothing_else() -> None:
 def test_a_budget_above_the_card_is_clipped_with_a_notice() -> None:
     budget = make_budget(make_recipe({"gpu_mem": "30G"}), "cuda", 20 * GIB, 40 * GIB)
     assert budget.gpu_bytes == 20 * GIB
-    assert budget.notice == "The budget 30.0 GiB is clipped: the card has 20.0 GiB."
-    assert not make_budget(make_recipe({"gpu_mem": "20G"}), "cuda", 20 * GIB, 40 * GIB).notice
+    assert budget.notices == ("The budget 30.0 GiB is clipped: the card has 20.0 GiB.",)
+    assert not make_budget(make_recipe({"gpu_mem": "20G"}), "cuda", 20 * GIB, 40 * GIB).notices
 
 
 def test_a_named_card_stands_for_the_one_here() -> None:
     budget = make_budget(make_recipe({"gpu": "RTX 3060"}), "cpu", 0, 40 * GIB)
     assert (budget.device, budget.card, budget.gpu_bytes) == ("cuda", "RTX 3060", card_bytes("rtx3060"))
     small = make_budget(make_recipe({"gpu": "rtx3060", "gpu_mem": "8G"}), "cpu", 0, 40 * GIB)
-    assert (small.gpu_bytes, small.notice) == (8 * GIB, "")
+    assert (small.gpu_bytes, small.notices) == (8 * GIB, ())
     large = make_budget(make_recipe({"gpu": "rtx3060", "gpu_mem": "20G"}), "cpu", 0, 40 * GIB)
-    assert large.gpu_bytes == card_bytes("rtx3060") and "rtx3060 has 11.6 GiB" in large.notice
+    assert large.gpu_bytes == card_bytes("rtx3060") and "rtx3060 has 11.6 GiB" in large.notices[0]
     with pytest.raises(InputError, match="Unknown card"):
         make_budget(make_recipe({"gpu": "voodoo2"}), "cpu", 0, 40 * GIB)

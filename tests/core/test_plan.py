@@ -216,7 +216,7 @@ def test_reasons_say_why() -> None:
 
 
 def test_a_clipped_budget_is_told() -> None:
-    budget = MemoryBudget(24 * GIB, 64 * GIB, GIB, "cuda", "rtx4090", "Clipped.")
+    budget = MemoryBudget(24 * GIB, 64 * GIB, GIB, "cuda", "rtx4090", ("Clipped.",))
     assert "Clipped." in make_plan(preset("llama-3.1-8b"), make_recipe({}), budget).reasons
 
 

@@ -33,7 +33,17 @@ def test_the_card_and_its_budget(smi):
     smi('echo "NVIDIA GeForce RTX 4090, 24564, 23000"')
     assert card() == Card("NVIDIA GeForce RTX 4090", 24564 * 2**20, 23000 * 2**20)
     budget = find_budget(recipe(gpu_mem="80G"))
-    assert (budget.device, budget.gpu_bytes) == ("cuda", 23000 * 2**20) and "RTX 4090" in budget.notice
+    assert (budget.device, budget.gpu_bytes) == ("cuda", 23000 * 2**20) and "RTX 4090" in budget.notices[0]
+
+
+def test_a_plan_for_a_card_that_is_not_here_says_whose_host_memory_it_takes(smi, monkeypatch):
+    monkeypatch.setattr(machine, "free_host_bytes", lambda: 10 * 2**30)
+    (named,) = find_budget(recipe(gpu="rtx4090"), assume_card=True).notices
+    assert "this machine's: 8.0 GiB" in named and "--host-mem" in named
+    absent, taken = find_budget(recipe(gpu_mem="20G"), assume_card=True).notices
+    assert "No card was found" in absent and taken == named
+    assert not find_budget(recipe(gpu="rtx4090", host_mem="64G"), assume_card=True).notices
+    assert not find_budget(recipe()).notices
 
 
 @pytest.mark.parametrize(
