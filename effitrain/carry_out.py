@@ -17,7 +17,7 @@ from effitrain.core.memory import SLOTS
 from effitrain.core.plan import Plan, for_tokens
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import Report
-from effitrain.data.batches import Batches, longest
+from effitrain.data.batches import Batches, longest, most_trained
 from effitrain.data.prepare import PreparedData, prepare_data
 from effitrain.evals.events import Events
 from effitrain.evals.recovered import compare, facts
@@ -128,7 +128,8 @@ def _train(
         pruner = LoRAPrune(job.decoder, job.adapters, small_spec(base.spec, recipe).widths, job.course.steps)
         job.trainable.update(pruner.state())
     evaluated = make_batches(data.eval, recipe)
-    expected = for_tokens(the_plan, base.spec, recipe, budget, len(longest(job.batches).input_ids))
+    tokens, trained = len(longest(job.batches).input_ids), most_trained(job.batches)
+    expected = for_tokens(the_plan, base.spec, recipe, budget, tokens, trained)
     _prove_budget(job, expected, meter, evaluated)
 
     checkpoint_folder = folder.path / "checkpoints"

@@ -23,8 +23,12 @@ SLOTS = 3  # that streamed layers visit on the device
 OVERHEAD = "context and slack"
 
 
-def make_ledger(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> tuple[LedgerLine, ...]:
+def make_ledger(
+    spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget, trained: int | None = None
+) -> tuple[LedgerLine, ...]:
     """What is alive on the device at the worst moment of a step, and what the host holds.
+
+    ``trained`` is how many tokens of a micro-batch are trained; all of them where the data are not known.
 
     Three moments compete: the loss, the backward pass of the final norm, and that of the last layer. The optimizer's
     step is fused and takes no temporaries.
@@ -37,7 +41,7 @@ def make_ledger(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: Mem
     )
     forward = _activations(spec, recipe, settings)
     moments = (
-        (*forward, *_loss(spec, settings)),
+        (*forward, *_loss(spec, settings, settings.tokens if trained is None else trained)),
         (*forward, _norm_backward(spec, settings)),
         (*forward, *_layer_backward(spec, recipe, settings)),
     )
@@ -215,10 +219,10 @@ def _outside(linear: LinearSpec) -> bool:
     return not linear.name.startswith("mlp.")
 
 
-def _loss(spec: ModelSpec, settings: Settings) -> tuple[LedgerLine, ...]:
+def _loss(spec: ModelSpec, settings: Settings, trained: int) -> tuple[LedgerLine, ...]:
     """Head and loss in chunks of rows: one chunk of logits, which its gradient overwrites, and the hidden states."""
     tokens, c, h = settings.tokens, settings.width, spec.hidden
-    rows = min(tokens, max(LOSS_MIN_ROWS, LOSS_CHUNK_BYTES // (4 * spec.vocab)))
+    rows = min(trained, max(LOSS_MIN_ROWS, LOSS_CHUNK_BYTES // (4 * spec.vocab)))
     per_logit = 4 + (c if c < 4 else 0)
     chunk = rows * (spec.vocab * per_logit + 2 * h * c)
     leaving = settings.offload  # the last layer's input, on its way to the host

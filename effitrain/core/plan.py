@@ -98,7 +98,7 @@ def make_plan(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> Plan:
     )
 
 
-def for_tokens(plan: Plan, spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, tokens: int) -> Plan:
+def for_tokens(plan: Plan, spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, tokens: int, trained: int) -> Plan:
     """``plan`` with the peaks and the ledger of a micro-batch of ``tokens``, fewer than it has room for.
 
     Args:
@@ -107,9 +107,10 @@ def for_tokens(plan: Plan, spec: ModelSpec, recipe: Recipe, budget: MemoryBudget
         recipe: with every choice made.
         budget: of the plan.
         tokens: of the longest micro-batch of the data.
+        trained: the most trained tokens of any micro-batch of the data.
     """
     settings = dataclasses.replace(plan.settings, batch_size=1, max_seq_len=tokens)
-    ledger = make_ledger(spec, recipe, settings, budget)
+    ledger = make_ledger(spec, recipe, settings, budget, trained)
     return dataclasses.replace(
         plan, ledger=ledger, peak_bytes=gpu_bytes(ledger), host_peak_bytes=host_bytes(ledger), micro_batch_tokens=tokens
     )

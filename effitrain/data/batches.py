@@ -98,7 +98,17 @@ def longest(batches: Batches) -> MicroBatch:
     """
     if not batches.rows:
         raise ValueError("the set is empty")
-    lengths = batches.token_set.lengths
-    tokens = np.array([lengths[row].sum() for row in batches.rows])
-    chosen = np.argsort(-tokens, kind="stable")[: batches.batch_size]
+    chosen = np.argsort(-_by_row(batches, batches.token_set.lengths), kind="stable")[: batches.batch_size]
     return batches.gather(np.concatenate([batches.rows[row] for row in chosen]))
+
+
+def most_trained(batches: Batches) -> int:
+    """Trained tokens of the ``batch_size`` rows that have the most: no micro-batch of any epoch has more."""
+    tokens = batches.token_set
+    ends = np.append(0, np.cumsum(tokens.labels != IGNORE))[tokens.offsets]
+    return int(np.sort(_by_row(batches, np.diff(ends)))[-batches.batch_size :].sum())
+
+
+def _by_row(batches: Batches, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``counts`` of samples, summed up by row."""
+    return np.array([counts[row].sum() for row in batches.rows])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effitrain.data.batches import Batches, longest
+from effitrain.data.batches import Batches, longest, most_trained
 from effitrain.data.tokenized import IGNORE, Sample, TokenSet, join
 
 
@@ -97,6 +97,15 @@ def test_the_longest_has_at_least_the_tokens_of_any(packing):
     assert len(biggest.input_ids) >= max(len(batches.get(i).input_ids) for i in range(10 * batches.per_epoch))
     if not packing:
         assert biggest.segments == (12, 11, 9)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_most_trained_tokens_of_any(packing):
+    tokens = token_set([3, 9, 5, 11, 2, 12, 4, 4, 7], seed=3)
+    tokens.labels[tokens.offsets[:-1]] = IGNORE  # as of any sample's first token
+    batches = Batches(tokens, 3, 12, packing, 0)
+    seen = max(batches.get(i).trained_tokens for i in range(200 * batches.per_epoch))
+    assert most_trained(batches) == seen
 
 
 def test_what_is_not_there():

@@ -103,6 +103,15 @@ def test_the_report_predicts_the_batch_that_the_data_have(asked):
     assert abs(error) < 0.05
 
 
+def test_rows_that_are_masked_count_for_no_logits(asked, tmp_path):
+    """All rows counted, the prediction is 5 % high here, and the more so the larger the vocabulary."""
+    rows = [{"prompt": "Gus was at the mill. " * 20, "completion": "b"} for _ in range(12)]
+    (tmp_path / "masked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fields = {"model": "tiny", "quant": "nf4", "recompute": "none", "max_seq_len": 256}
+    memory = api.run(asked.changed(dataset=str(tmp_path / "masked.jsonl"), **fields)).memory
+    assert abs(memory.predicted_peak_bytes / memory.measured_peak_bytes - 1) < 0.02
+
+
 def test_evaluations_of_a_run_that_never_took_a_step_are_forgotten(asked, tmp_path):
     """Its folder may go to another recipe, whose loss before training is its own."""
     rows = asked.changed(eval_fraction=0.3)
