@@ -140,7 +140,7 @@ def export(
         recipe: names the model.
         adapter: an adapter folder, or a run folder that holds one.
         target: the new folder.
-        to: ``peft`` or ``merged`` (bf16 shards, one tensor in memory at a time).
+        to: ``peft`` or ``merged`` (bf16 shards whatever the model is stored in, one tensor in memory at a time).
         progress: told the name of each tensor merged.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Structured pruning and recovery of adapters to the full-size model. Not in this version yet."""
+"""Structured pruning and recovery of adapters to the full-size model. May import adapters and below."""

@@ -99,7 +99,7 @@ class CutWeights:
 
     def read_nf4(self, name: str, device: torch.device | str = "cpu") -> NF4Tensor:
         """There is none."""
-        raise InputError(f"{name} is not stored in NF4.")
+        raise RuntimeError(f"{name} was read as NF4, which cut weights never are")
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One weight: the kept rows and columns, bit by bit as they are unless they are edited."""

@@ -190,6 +190,27 @@ def test_every_room_says_what_it_promises():
     assert not unknown, f"rooms without a place in the import direction: {unknown}"
 
 
+def without_next_step(source: str) -> Iterator[int]:
+    """Lines that make an error for the user which says no next step."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or getattr(node.func, "id", None) not in ("InputError", "BudgetError"):
+            continue
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+        step = keywords.get("next_step", node.args[2] if len(node.args) > 2 else None)
+        empty = step is None or (isinstance(step, ast.Constant) and not step.value)
+        if empty and not any(isinstance(part, ast.Starred) for part in node.args):
+            yield node.lineno
+
+
+def test_every_error_says_what_to_do():
+    bare = {path: list(without_next_step(path.read_text(encoding="utf-8"))) for path in PACKAGE_FILES}
+    assert not {str(path): lines for path, lines in bare.items() if lines}
+    assert list(without_next_step("InputError('a')\nInputError('a', 'b', '')\nInputError('a', next_step='c')")) == [
+        1,
+        2,
+    ]
+
+
 def test_no_file_is_long():
     sources = [*ALL_FILES, *(ROOT / "scripts").glob("*.sh")]
     long = {str(path.relative_to(ROOT)): n for path in sources if (n := len(path.read_text().splitlines())) >= LINES}

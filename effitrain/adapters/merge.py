@@ -35,6 +35,7 @@ def check_fits(spec: ModelSpec, bundle: AdapterBundle) -> None:
                 f"The adapter changes {path} of shape {(B.shape[0], A.shape[1])};"
                 f" {spec.name} has {shapes.get(path, 'no such linear')}.",
                 "It was trained on another model.",
+                f"Name the model it was trained on: {bundle.base_model}.",
             )
 
 

@@ -18,9 +18,12 @@ from torch import Tensor
 from effitrain.adapters.base import Adapter, AdapterConfig
 from effitrain.core.errors import InputError
 from effitrain.io.atomic import atomic_folder, write_json, write_safetensors
+from effitrain.io.model_folder import on_disk
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 _PREFIX = "base_model.model."
+_AGAIN = "Copy the folder again from where it was made."
+_PLAIN = "Use a LoRA as peft saves it, without DoRA, patterns or trained biases, or merge this one with peft itself."
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,16 @@ def read_adapter(folder: Path) -> AdapterBundle:
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
+            found = on_disk(folder) if folder.is_dir() else "there is no such folder."
             raise InputError(
-                f"There is no adapter in {folder}: {name} is missing ({found}).",
-                next_step="Name the folder that holds adapter_config.json and adapter_model.safetensors.",
+                f"There is no adapter in {folder}: {name} is missing; {found}",
+                next_step=f"Name a folder that holds {CONFIG} and {WEIGHTS}, or a run folder with one in it.",
             )
     try:
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise InputError(f"The adapter in {folder} is damaged: {error}") from None
+        raise InputError(f"The adapter in {folder} is damaged: {error}", next_step=_AGAIN) from None
     _refuse_unsupported(raw, folder)
     pairs = _pairs(tensors, folder)
     config = AdapterConfig(
@@ -112,6 +115,7 @@ def load_into(adapters: Mapping[str, Adapter], bundle: AdapterBundle, source: st
             f"The adapter {source} does not fit this model: {len(missing)} linears have no tensors in it"
             f" and {len(extra)} of its tensors find no linear (such as {(missing + extra)[0]}).",
             "It was trained on another model or with other --lora-targets.",
+            f"Name the model it was trained on, {bundle.base_model}, and the --lora-targets it has.",
         )
     for path, adapter in adapters.items():
         B, A = bundle.tensors[path]
@@ -156,7 +160,7 @@ def _refuse_unsupported(raw: dict[str, Any], folder: Path) -> None:
     if not isinstance(raw.get("r"), int) or not isinstance(raw.get("lora_alpha"), int | float):
         reasons.append("r or lora_alpha is missing")
     if reasons:
-        raise InputError(f"The adapter in {folder} is not a plain LoRA: {', '.join(reasons)}.")
+        raise InputError(f"The adapter in {folder} is not a plain LoRA: {', '.join(reasons)}.", next_step=_PLAIN)
 
 
 def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -165,11 +169,14 @@ def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tenso
     for key, tensor in tensors.items():
         path, dot, side = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
         if not dot or side not in ("A", "B"):
-            raise InputError(f"{folder / WEIGHTS} holds {key}, which is not a LoRA tensor in peft's layout.")
+            raise InputError(
+                f"{folder / WEIGHTS} holds {key}, which is not a LoRA tensor in peft's layout.", next_step=_PLAIN
+            )
         sides.setdefault(path, {})[side] = tensor.to(torch.float32)
     halves = [path for path, pair in sides.items() if len(pair) < 2]
     if halves or not sides:
         raise InputError(
-            f"{folder / WEIGHTS} has no complete pair of lora_A and lora_B at {(halves or ['any path'])[0]}."
+            f"{folder / WEIGHTS} has no complete pair of lora_A and lora_B at {(halves or ['any path'])[0]}.",
+            next_step=_AGAIN,
         )
     return {path: (pair["B"], pair["A"]) for path, pair in sides.items()}

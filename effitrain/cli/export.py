@@ -11,9 +11,15 @@ from effitrain.cli.flags import recipe_fields, recipe_flags
 @click.command("export")
 @recipe_flags(["model", "output_dir"])
 @click.option("--adapter", metavar="DIR", required=True, help="Adapter folder, or a run folder that holds one.")
-@click.option("--to", type=click.Choice(["peft", "merged"]), default="peft", show_default=True, help="What to write.")
+@click.option(
+    "--to",
+    type=click.Choice(["peft", "merged"]),
+    default="peft",
+    show_default=True,
+    help="What to write: the adapter, or the model with it merged in, in bf16 whatever it was stored in.",
+)
 def command(adapter: str, to: str, **flags: Any) -> None:
-    """Write an adapter for stock peft, or merged into the full-precision model."""
+    """Write an adapter for stock peft, or merged into the unquantised model."""
     from effitrain.planning import recipe
 
     asked = recipe(**recipe_fields(flags))
@@ -21,4 +27,4 @@ def command(adapter: str, to: str, **flags: Any) -> None:
 
     with tqdm(desc="merging", unit="tensor", disable=to != "merged" or None) as bar:  # None: no bar in a log
         written = api.export(asked, adapter, asked.output_dir, to, lambda name: bar.update() and None)
-    click.echo(f"Written: {written}")
+    click.echo(f"Written: {written}" + (", the whole model in bf16" if to == "merged" else ""))

@@ -1,6 +1,6 @@
 """How the terminal shows a plan."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,7 @@ _SMALLEST_SHARE = 0.01  # ledger lines below this share of the peak are summed u
 
 def print_plan(plan: Plan, terminal: Terminal | None = None, others: bool = False) -> None:
     """The plan as a short table: verdict, settings, and where the bytes go; with ``others`` the other ways too."""
-    terminal = terminal or Terminal(highlight=False, soft_wrap=True)
+    terminal = terminal or Terminal(highlight=False)
     verdict = "fits" if plan.fits else "does not fit"
     terminal.print(
         f"[bold]{plan.model.name}[/] ({plan.model.params / 1e6:,.1f}M parameters), {plan.fit}: {verdict}."
@@ -36,8 +36,7 @@ def print_plan(plan: Plan, terminal: Terminal | None = None, others: bool = Fals
     terminal.print(table)
     if plan.proof:
         _print_proof(plan.proof, terminal)
-    for reason in plan.reasons:
-        terminal.print(f"[dim]{reason}[/]")
+    _print_each(plan.reasons, terminal)
     if others:
         _print_others(plan, terminal)
 
@@ -52,11 +51,19 @@ def _print_others(plan: Plan, terminal: Terminal) -> None:
         table.add_row(way.why, *sizes, f"{way.tokens_per_second_estimate:,.0f}" if plan.overhead_bytes else "")
     if table.row_count:
         terminal.print(table)
-    for way in plan.alternatives:
-        if not way.fits and way.prune_ratio is None and not way.why.startswith("--"):
-            terminal.print(f"[dim]{way.fit} does not fit. {way.why}[/]")
+    short = [way for way in plan.alternatives if not way.fits and way.prune_ratio is None]
+    _print_each([f"{way.fit} does not fit. {way.why}" for way in short if not way.why.startswith("--")], terminal)
     if not plan.fits:
         terminal.print(refusal(plan).next_step)
+
+
+def _print_each(sentences: Iterable[str], terminal: Terminal) -> None:
+    """Each behind a dash, wrapped to the terminal's width."""
+    table = Table.grid(padding=(0, 1, 0, 0))
+    for sentence in sentences:
+        table.add_row("[dim]-[/]", f"[dim]{sentence}[/]")
+    if table.row_count:
+        terminal.print(table)
 
 
 def _settings(plan: Plan) -> str:

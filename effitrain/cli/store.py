@@ -57,5 +57,8 @@ def _named(root: Path, name: str) -> Path:
     folders = {folder.name: folder for folder in list_stores(root)}
     if name not in folders:
         listed = ", ".join(folders) or "none"
-        raise InputError(f"There is no store {name!r} in {root}; there are: {listed}.", "", "effitrain store ls")
+        raise InputError(
+            f"There is no store {name!r} in {root}; there are: {listed}.",
+            next_step="effitrain store ls shows them all.",
+        )
     return folders[name]

@@ -115,7 +115,7 @@ class Recipe(BaseModel):
     )
     eval_every: int | None = _flag(None, "Evaluate every N steps, besides before and after", group="data", ge=1)
 
-    output_dir: str = _flag("effitrain-out", "Run folder", group="output", min_length=1)
+    output_dir: str = _flag("effitrain-out", "Folder to write to", group="output", min_length=1)
     save_every: Annotated[int | None, Auto] = _flag(
         None, "Checkpoint every N steps; a tenth of the run", group="output", ge=1
     )
@@ -252,6 +252,9 @@ def make_recipe(fields: dict[str, Any]) -> Recipe:
     return recipe
 
 
+_LIKE = "Write lines like 'model: tiny'; recipe.yaml of any run folder is an example."
+
+
 def read_recipe_file(path: str | Path) -> dict[str, Any]:
     """The raw fields of a recipe in YAML; kebab-case keys are accepted.
 
@@ -264,9 +267,9 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"The recipe {path} cannot be read: {error.strerror}.", next_step="Check --config.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"The recipe {path} is not valid YAML: {error}") from None
+        raise InputError(f"The recipe {path} is not valid YAML: {error}", next_step=_LIKE) from None
     if not isinstance(fields, dict):
-        raise InputError(f"The recipe {path} must hold keys and values, like 'model: tiny'.")
+        raise InputError(f"The recipe {path} does not hold keys and values.", next_step=_LIKE)
     return {str(key).replace("-", "_"): value for key, value in fields.items()}
 
 

@@ -266,7 +266,9 @@ def _family(config: Mapping[str, Any], name: str) -> _Family:
     if not isinstance(model_type, str):
         raise InputError(f"The config of {name} has no model_type.", "It may not be one of transformers.", handled)
     if model_type not in _FAMILIES:
-        raise InputError(f"{name} is of the family {model_type!r}, which this version does not handle.", "", handled)
+        raise InputError(
+            f"{name} is of the family {model_type!r}, which this version does not handle.", next_step=handled
+        )
     return _FAMILIES[model_type]
 
 
@@ -284,7 +286,9 @@ def _sizes(config: Mapping[str, Any], family: _Family, name: str) -> dict[str, i
     problems = [_problem(key, value) for key, value in values.items() if not _is_size(value)]
     problems = problems or _mismatches(values)
     if problems:
-        raise InputError(f"The config of {name} cannot be used: {'; '.join(problems)}.", "", "Check its config.json.")
+        raise InputError(
+            f"The config of {name} cannot be used: {'; '.join(problems)}.", next_step="Check its config.json."
+        )
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     return {
         "hidden": hidden,

@@ -92,4 +92,7 @@ def _check_layers(spec: ModelSpec, recipe: Recipe) -> None:
         )
     if not lean or recipe.prune_method == "loraprune":
         other = "--prune-method loraprune" if lean else f"--recompute {recipe.recompute}"
-        raise InputError(f"--resident-layers is for models that stream, and {other} keeps all layers on the device.")
+        raise InputError(
+            f"--resident-layers is for models that stream, and {other} keeps all layers on the device.",
+            next_step="Leave one of the two out.",
+        )

@@ -73,7 +73,10 @@ def find_layout(name: str, first: Row, wanted: str, columns: Mapping[str, str] |
     candidates = [format for format in formats if columns.keys() <= _aliases(format).keys()]
     if not candidates:
         roles = "; ".join(f"{format} has {', '.join(_aliases(format))}" for format in formats)
-        raise InputError(f"--columns names {', '.join(columns)}, which no format has together: {roles}.")
+        raise InputError(
+            f"--columns names {', '.join(columns)}, which no format has together.",
+            next_step=f"Use the names of one: {roles}.",
+        )
     absent = [column for column in columns.values() if column not in first.fields]
     if absent:
         raise _no_layout(name, first, f"and none called {', '.join(absent)}")
@@ -216,7 +219,10 @@ def _string(row: Row, column: str, value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{row.where}: the column {column} holds half a surrogate pair, not text.") from None
+        raise InputError(
+            f"{row.where}: the column {column} holds half a surrogate pair, not text.",
+            next_step="Mend or remove the row.",
+        ) from None
     return value
 
 

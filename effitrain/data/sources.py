@@ -131,7 +131,10 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             yield from _read_lines(path)  # JSON lines under the wrong suffix are common
             return
-        raise InputError(f"{path.name}: broken JSON at line {error.lineno}: {error}.") from None
+        raise InputError(
+            f"{path.name}: broken JSON at line {error.lineno}: {error}.",
+            next_step="Mend it there; a file with one object a line is named .jsonl.",
+        ) from None
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
@@ -148,10 +151,16 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         for number, fields in enumerate(reader, 1):
             if None in fields:
-                raise InputError(f"{path.name} row {number} has more cells than the header has columns.")
+                raise InputError(
+                    f"{path.name} row {number} has more cells than the header has columns.",
+                    "A comma inside a text needs quotes around the text.",
+                    "Mend the row.",
+                )
             yield number, fields
     except csv.Error as error:
-        raise InputError(f"{path.name}: broken CSV at line {reader.reader.line_num}: {error}.") from None
+        raise InputError(
+            f"{path.name}: broken CSV at line {reader.reader.line_num}: {error}.", next_step="Mend that line."
+        ) from None
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -161,7 +170,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         yield from enumerate(parquet.read_table(path).to_pylist(), 1)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path.name} is not a readable parquet file: {error}") from None
+        raise InputError(
+            f"{path.name} is not a readable parquet file: {error}", next_step="Get or write the file again."
+        ) from None
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
@@ -178,7 +189,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}.", next_step="Check its permissions.") from None
 
 
 def _decoded(path: Path) -> str:

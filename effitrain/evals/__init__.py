@@ -1,1 +1,3 @@
-"""Perplexity and chat of a model with or without an adapter. May import train and what is below it."""
+"""What a model is worth, and what this machine is: losses, generated text, the gain of a recovered adapter, the doctor's
+trials, benchmarks. May import train and below.
+"""

@@ -156,7 +156,10 @@ def read_tensor(name: str, stored: StoredTensor) -> Tensor:
     """
     dtype = _torch_dtype(name, stored)
     if math.prod(stored.shape) * dtype.itemsize != stored.nbytes:
-        raise InputError(f"{stored.file} is damaged: {name} takes {stored.nbytes} bytes, not {stored.shape} values.")
+        raise InputError(
+            f"{stored.file} is damaged: {name} takes {stored.nbytes} bytes, not {stored.shape} values.",
+            next_step="Get the file again.",
+        )
     return _read_bytes(stored.file, stored.start, stored.nbytes).view(dtype).reshape(stored.shape)
 
 
@@ -206,7 +209,13 @@ def _read_bytes(path: Path, start: int, count: int) -> Tensor:
             file.seek(start)
             got = file.readinto(data.numpy().data)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}.", next_step="Check its permissions and the disk."
+        ) from None
     if got != count:
-        raise InputError(f"{path} ended {count - got} bytes early.", "It changed since it was opened.")
+        raise InputError(
+            f"{path} ended {count - got} bytes early.",
+            "It changed since it was opened.",
+            "Run the command again, and leave the file as it is meanwhile.",
+        )
     return data

@@ -9,6 +9,7 @@ from effitrain.core.keep import KeepMap, LayerKeep
 from effitrain.io.atomic import write_safetensors
 
 KEEP = "keep.safetensors"
+_AGAIN = "Copy the file again, or prune again."
 _SIZES = ("ffn", "num_heads", "num_kv_heads", "head_dim")
 
 
@@ -48,9 +49,11 @@ def read_keep(path: Path) -> KeepMap:
         keep = KeepMap(**{name: int(facts[name]) for name in _SIZES}, layers=layers, base=str(facts["base"]),
                        fingerprint=str(facts["fingerprint"]))  # fmt: skip
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        raise InputError(f"{file} is not a keep map, or it is damaged.", next_step="Copy or make it again.") from None
+        raise InputError(f"{file} is not a keep map, or it is damaged.", next_step=_AGAIN) from None
     if not all(_ascending(x.ffn, keep.ffn) and _ascending(x.kv_heads, keep.num_kv_heads) for x in keep.layers):
-        raise InputError(f"{file} is damaged: its indices are not ascending within the model's sizes.")
+        raise InputError(
+            f"{file} is damaged: its indices are not ascending within the model's sizes.", next_step=_AGAIN
+        )
     return keep
 
 

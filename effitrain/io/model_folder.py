@@ -18,6 +18,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
 _NEXT = "Name a folder that holds config.json and model.safetensors, or its shards with their index."
 _AGAIN = "Get the file again."
+_READABLE = "Check its permissions and the disk."
 _MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 _SHOWN = 16  # file names in a message
 
@@ -59,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path} is missing; {on_disk(path.parent)}", next_step=_NEXT) from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}.", next_step=_READABLE) from None
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}.", _guess(path), _AGAIN) from None
     if not isinstance(value, dict):
@@ -103,7 +104,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         header.pop("__metadata__", None)
         tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}.", next_step=_READABLE) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if type(error) is ValueError else "its header is damaged"
         raise InputError(f"{path} is not a safetensors file: {reason}.", _guess(path), _AGAIN) from None

@@ -100,7 +100,7 @@ class Store:
             while done < len(place):
                 got = os.preadv(handle, [place[done:]], done)
                 if not got:
-                    raise InputError(f"{path} ended {len(place) - done} bytes early.", "", _VERIFY)
+                    raise InputError(f"{path} ended {len(place) - done} bytes early.", next_step=_VERIFY)
                 done += got
 
     def read_ahead(self, layer: int) -> None:
@@ -233,7 +233,7 @@ def building(root: Path, key: StoreKey, layouts: tuple[Layout, ...], tables_byte
     try:
         (partial / "layers").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{partial} cannot be made: {error.strerror}.", "", _ELSEWHERE) from None
+        raise InputError(f"{partial} cannot be made: {error.strerror}.", next_step=_ELSEWHERE) from None
     with _locked(partial):
         if target.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
@@ -260,8 +260,7 @@ def _check_space(partial: Path, needed: int) -> None:
         raise InputError(
             f"The store takes {format_bytes(needed - there)} more in {partial.parent}, and"
             f" {format_bytes(free)} are free there.",
-            "",
-            _ELSEWHERE,
+            next_step=_ELSEWHERE,
         )
 
 
@@ -278,7 +277,7 @@ def _readable(path: Path) -> Iterator[int]:
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.", "", _VERIFY) from None
+        raise InputError(f"{path} cannot be read: {error.strerror}.", next_step=_VERIFY) from None
     try:
         yield handle
     finally:
@@ -299,4 +298,4 @@ def _layout_from(entry: Mapping[str, Any]) -> Layout:
 
 
 def _unusable(folder: Path, why: str) -> InputError:
-    return InputError(f"{folder} is no usable store: {why}.", "", _VERIFY)
+    return InputError(f"{folder} is no usable store: {why}.", next_step=_VERIFY)

@@ -53,7 +53,11 @@ class SyntheticCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the weight."""
         if name not in self.shapes:
-            raise InputError(f"The synthetic weights hold no tensor {name}.", "The model has another shape.")
+            raise InputError(
+                f"The synthetic weights hold no tensor {name}.",
+                "The model has another shape.",
+                "Name another --model, or leave --weights out.",
+            )
         return self.shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:

@@ -220,7 +220,11 @@ def build(spec: ModelSpec, config: Mapping[str, Any], name: str) -> Decoder:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(hf_config).model
     except Exception as error:  # transformers raises all kinds for a config it does not like
-        raise InputError(f"The model {name} cannot be built from its config.json: {error}") from error
+        raise InputError(
+            f"The model {name} cannot be built from its config.json: {error}",
+            "It was changed by hand, or is of a newer transformers.",
+            "Get config.json again, or update transformers.",
+        ) from error
     decoder = Decoder(model, spec, hf_config)
     scale = getattr(model.embed_tokens, "scalar_embed_scale", 1.0)
     model.embed_tokens = Embedding(scale)

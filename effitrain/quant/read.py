@@ -10,6 +10,10 @@ from effitrain.io.nf4 import NF4Tensor
 from effitrain.quant.nf4 import quantize
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_NOT_TOGETHER = (
+    "The checkpoint and its config.json do not belong together.",
+    "Get both again, from one place, or name another --model.",
+)
 
 
 class Weights(Protocol):
@@ -45,10 +49,10 @@ def read_dense(
     if tuple(tensor.shape) != shape:
         raise InputError(
             f"{name} has the shape {tuple(tensor.shape)}, and config.json asks for {shape}.",
-            "The checkpoint and its config.json do not belong together.",
+            *_NOT_TOGETHER,
         )
     if not weights.trusted and not _finite(tensor):
-        raise InputError(f"{name} holds NaN or infinite values.", "The checkpoint is damaged.")
+        raise InputError(f"{name} holds NaN or infinite values.", "The checkpoint is damaged.", "Get it again.")
     return tensor.to(dtype)
 
 
@@ -70,7 +74,9 @@ def read_frozen(
         return quantize(full) if quant == "nf4" else full
     stored = weights.read_nf4(name, device)
     if tuple(stored.shape) != shape:
-        raise InputError(f"{name} has the shape {stored.shape}, and config.json asks for {shape}.")
+        raise InputError(
+            f"{name} has the shape {tuple(stored.shape)}, and config.json asks for {shape}.", *_NOT_TOGETHER
+        )
     return stored
 
 

@@ -97,8 +97,14 @@ def load_checkpoint(folder: Path, trainable: Mapping[str, Tensor], optimizer: to
     check_checkpoint(folder)
     verify_manifest(folder)
     weights = load_file(folder / "trainable.safetensors")
-    if {n: tuple(w.shape) for n, w in weights.items()} != {n: tuple(p.shape) for n, p in trainable.items()}:
-        raise InputError(f"The checkpoint {folder} holds other trainable tensors than this run.")
+    kept, here = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (weights, trainable))
+    if kept != here:
+        differing = sorted(kept.items() ^ here.items())
+        raise InputError(
+            f"The checkpoint {folder} holds other trainable tensors than this run, such as {differing[0][0]}.",
+            "It is of a run with another model, --method, --lora-r or --lora-targets.",
+            "Name a checkpoint of this run with --resume, or go on from an adapter with --init-adapter.",
+        )
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(weights[name])

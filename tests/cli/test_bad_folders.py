@@ -105,7 +105,7 @@ FOLDERS = {
     "resume from no checkpoint": (lambda p: p.run(resume=p.finished), ("not a checkpoint",)),
     "resume from another shape": (
         lambda p: p.run(resume=p.finished / "checkpoints" / "step-2", lora_r=8),
-        ("step-2", "other trainable tensors"),
+        ("step-2", "other trainable tensors", "lora_A", "--init-adapter"),
     ),
     "resume from beyond the end": (
         lambda p: p.run(resume=p.finished / "checkpoints" / "step-2", max_steps=1),
@@ -129,11 +129,15 @@ FOLDERS = {
     ),
     "adapter of another model": (
         lambda p: ["export", "--model", p.model(intermediate_size=96), "--adapter", p.finished, "-o", p.root / "out"],
-        ("another model",),
+        ("another model", "Name the model it was trained on: "),
     ),
     "export over something": (
         lambda p: p.with_adapter("export", p.finished, "-o", p.file("there/x", "x").parent),
         ("exists already", "-o"),
+    ),
+    "first adapter in an empty folder": (
+        lambda p: p.run(init_adapter=p.file("empty/x", "").unlink() or p.root / "empty"),
+        ("no adapter in", "on disk: nothing", "run folder"),
     ),
     "first adapter that is missing": (lambda p: p.run(init_adapter=p.root / "none"), ("no adapter in",)),
     "first adapter of another rank": (lambda p: p.run(init_adapter=p.finished, lora_r=8), ("--lora-r 4",)),
