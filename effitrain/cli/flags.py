@@ -35,16 +35,20 @@ def recipe_fields(values: dict[str, Any]) -> dict[str, Any]:
     return {**(read_recipe_file(config) if config else {}), **given}
 
 
-def unknown_option(error: click.NoSuchOption) -> str:
-    """What to say of a flag that the command does not have: it comes later, or which one was probably meant."""
+def usage(error: click.UsageError) -> str:
+    """What to say of a command line that cannot be read, and where to look."""
+    told = _unknown_flag(error) if isinstance(error, click.NoSuchOption) else error.format_message().rstrip(".") + "."
+    return f"{told}\n{error.ctx.command_path if error.ctx else 'effitrain VERB'} --help says what it takes."
+
+
+def _unknown_flag(error: click.NoSuchOption) -> str:
+    """A flag that the command does not have: it comes later, or which one was probably meant."""
     name = error.option_name.lstrip("-").removeprefix("no-").replace("-", "_")
     if feature := LATER.get(name):
         return f"{error.option_name} belongs to {feature}, which this version does not have yet."
     own = [param.name for param in error.ctx.command.params if param.name] if error.ctx else []
     nearest = nearest_name(name, own)
-    hint = f" Did you mean --{nearest.replace('_', '-')}?" if nearest else ""
-    command = error.ctx.command_path if error.ctx else "effitrain"
-    return f"No such flag: {error.option_name}.{hint}\n{command} --help lists them."
+    return f"No such flag: {error.option_name}." + (f" Did you mean --{nearest.replace('_', '-')}?" if nearest else "")
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[Any], Any]:

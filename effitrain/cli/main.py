@@ -6,10 +6,13 @@ import sys
 
 import click
 
-from effitrain.cli.flags import unknown_option
-from effitrain.core.errors import EffitrainError
+from effitrain.cli.flags import usage
+from effitrain.core.errors import EffitrainError, InputError
+from effitrain.core.names import nearest_name
 
 VERBS = ("plan", "run", "prune", "recover", "eval", "chat", "export", "store", "doctor", "bench")
+# What other tools call these.
+_ELSEWHERE = {"train": "run", "finetune": "run", "sft": "run", "merge": "export", "generate": "chat", "infer": "chat"}
 
 
 class _Verbs(click.Group):
@@ -18,9 +21,11 @@ class _Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, name: str) -> click.Command:
         if name not in VERBS:
-            return None
+            nearest = _ELSEWHERE.get(name) or nearest_name(name, VERBS)
+            hint = f" Did you mean {nearest}?" if nearest else ""
+            raise InputError(f"There is no verb {name!r}.{hint}", next_step="effitrain --help lists them.")
         module = importlib.import_module(f"effitrain.cli.{name}")
         command: click.Command = module.command
         return command
@@ -46,8 +51,11 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         code = cli.main(args, prog_name="effitrain", standalone_mode=False)
-    except click.NoSuchOption as error:
-        _fail(unknown_option(error), 2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except click.UsageError as error:
+        _fail(usage(error), 2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except EffitrainError as error:

@@ -1,3 +1,4 @@
-"""What a model is worth, and what this machine is: losses, generated text, the gain of a recovered adapter, the doctor's
-trials, benchmarks. May import train and below.
+"""Figures of models and machines: losses, generated text, an adapter's gain, the doctor's trials, benchmarks.
+
+May import train and what is below it.
 """

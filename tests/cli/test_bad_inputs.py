@@ -11,13 +11,15 @@ CONFIG = "model: tiny\n"
 
 # Name of a case: the command it gives, words that the message must hold.
 USAGE = {
-    "no such verb": (lambda p: ["trian"], ("trian",)),
+    "no such verb": (lambda p: ["trian"], ("trian", "effitrain --help")),
+    "verb of other tools": (lambda p: ["train"], ("train", "mean run?")),
+    "misspelt verb": (lambda p: ["exprt"], ("exprt", "mean export?")),
     "unknown flag": (lambda p: ["run", "--nonsense"], ("--nonsense",)),
     "misspelt flag": (lambda p: ["run", "--bach-size", "4"], ("--bach-size", "--batch-size")),
     "flag of other tools": (lambda p: ["run", "--learning-rate", "1"], ("--learning-rate", "mean --lr?", "--help")),
     "flag of another verb": (lambda p: ["recover", "--lora-rank", "4"], ("--lora-rank", "recover --help")),
     "flag of a later version": (lambda p: ["run", "--lisa-layers", "2"], ("--lisa-layers", "LISA")),
-    "flag without a value": (lambda p: ["run", "--model"], ("--model", "argument")),
+    "flag without a value": (lambda p: ["run", "--model"], ("--model", "argument", "--help")),
     "word that is no flag": (lambda p: ["run", "llama-70b"], ("llama-70b",)),
     "export of nothing": (lambda p: ["export", "--model", "tiny"], ("--adapter",)),
     "export to no such form": (lambda p: ["export", "--adapter", "a", "--to", "onnx"], ("onnx", "merged")),
@@ -111,6 +113,12 @@ def test_bad_usage(refused, place, monkeypatch, case):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     make, words = USAGE[case]
     refused(make(place), words)
+
+
+@pytest.mark.parametrize("group", [[], ["store"]])
+def test_a_command_without_a_verb_shows_its_help(effitrain, group):
+    answer = effitrain(*group)
+    assert answer.code == 2 and answer.err.startswith("Usage: effitrain") and "Commands:" in answer.err
 
 
 @pytest.mark.parametrize("case", DATA)
