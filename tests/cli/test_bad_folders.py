@@ -105,7 +105,7 @@ FOLDERS = {
     "resume from no checkpoint": (lambda p: p.run(resume=p.finished), ("not a checkpoint",)),
     "resume from another shape": (
         lambda p: p.run(resume=p.finished / "checkpoints" / "step-2", lora_r=8),
-        ("step-2", "other trainable tensors", "lora_A", "--init-adapter"),
+        ("step-2", "other trainable tensors", "adapter.A", "--init-adapter"),
     ),
     "resume from beyond the end": (
         lambda p: p.run(resume=p.finished / "checkpoints" / "step-2", max_steps=1),
