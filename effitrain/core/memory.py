@@ -242,7 +242,8 @@ def _activations(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[L
 def _casts(layer: LayerSpec, recipe: Recipe, c: int, with_mlp: bool = True) -> int:
     """Bytes of a layer's adapter weights in the compute dtype, which backward keeps where that is not fp32."""
     linears = [linear for linear in layer.linears if adapted(linear, recipe) and (with_mlp or _outside(linear))]
-    return sum(recipe.lora_r * (n.in_features + n.out_features) * c for n in linears) if c < 4 else 0
+    cast = c < 4 and recipe.method not in WEIGHTS
+    return sum(recipe.lora_r * (n.in_features + n.out_features) * c for n in linears) if cast else 0
 
 
 def _outside(linear: LinearSpec) -> bool:
@@ -258,11 +259,13 @@ def _loss(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLi
     rows = min(tokens, max(LOSS_MIN_ROWS, LOSS_CHUNK_BYTES // (4 * spec.vocab)))
     per_logit = 4 + (c if c < 4 else 0)
     chunk = rows * (spec.vocab * per_logit + 2 * h * c)
+    # A chunk's gradient is made when the float32 copy of half-precision logits is gone.
+    grads = 4 * head + max(0, gradient_bytes(head, c) - rows * spec.vocab * (per_logit - c))
     leaving = settings.offload  # the last layer's input, on its way to the host
     held = 2 + leaving + trained  # what a trained norm made of its input
     states = f"T {tokens} x h {h} x (4 B norm input + {held} x {c} B: output, gradient{', leaving' * leaving})"
     return (
-        _gpu("head's gradient", trained * (4 * head + gradient_bytes(head, c)), f"V {spec.vocab} x h {h}, twice"),
+        _gpu("head's gradient", trained * grads, f"V {spec.vocab} x h {h}, so far and of a chunk"),
         _gpu("loss chunk", chunk, f"{rows} rows x (V {spec.vocab} x {per_logit} B + h {h} x 2 x {c} B)"),
         _gpu("final hidden states and gradient", tokens * h * (4 + held * c), states),
     )
