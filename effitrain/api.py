@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from effitrain.adapters.attach import attach
-from effitrain.adapters.base import Clock, adapter_class
+from effitrain.adapters.base import Clock, check_method
 from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.carry_out import cap, carry_out, placement_of
@@ -20,6 +20,7 @@ from effitrain.core.budget import CUDA_SLACK_BYTES, MemoryBudget
 from effitrain.core.choices import compute_dtype, sequence_length
 from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
+from effitrain.core.methods import WEIGHTS
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
 from effitrain.core.report import Report
@@ -77,7 +78,7 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
     if folder.finished and not dry_run:
         events.note(f"{folder.path} holds this run, finished. Nothing to do.")
         return Report.read(folder.path / "report.json")
-    adapter_class(recipe.method)
+    check_method(recipe.method)
     check_tracker(recipe.report_to)
     if recipe.gpu and not dry_run:
         raise InputError("--gpu plans for a card that is not here.", next_step="Use effitrain plan, or --dry-run.")
@@ -235,6 +236,11 @@ def _ready(recipe: Recipe, adapter: str | None) -> tuple[Base, Decoder, Recipe]:
 
 def _check_starting_points(recipe: Recipe, base: Base) -> None:
     """An adapter or checkpoint to go on from is looked at before anything large is fetched."""
+    if recipe.method in WEIGHTS and "quantization_config" in base.source.config:
+        raise InputError(
+            f"{base.name} is stored in 4 bits, and --method {recipe.method} trains weights of full precision.",
+            next_step="Name the original 16-bit model with --model.",
+        )
     if recipe.init_adapter:
         spec = base.spec if recipe.prune_ratio is None else small_spec(base.spec, recipe)
         check_fits(spec, read_adapter(adapter_folder(recipe.init_adapter)))

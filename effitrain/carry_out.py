@@ -14,6 +14,7 @@ from effitrain.core.budget import MemoryBudget
 from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.memory import SLOTS
+from effitrain.core.methods import WEIGHTS
 from effitrain.core.plan import Plan, for_tokens
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import Report
@@ -44,7 +45,7 @@ from effitrain.train.hooks import (
     StopOnSignal,
     Tracker,
 )
-from effitrain.train.job import Job, assemble, chosen, make_batches, resume, save_and_reload
+from effitrain.train.job import Job, assemble, chosen, make_batches, resume, save_and_reload, save_model
 from effitrain.train.loop import train
 from effitrain.train.memory import Meter, cap_memory
 from effitrain.train.probe import OverBudget, probe
@@ -152,6 +153,8 @@ def _train(
         timeline = job.decoder.streamer.engine.timeline() if job.decoder.streamer else []
     if pruner:
         pruner.write(base, AdapterConfig.of(recipe), folder.path / "model")
+    elif recipe.method in WEIGHTS:
+        save_model(job, recipe, folder.path / "model", base)
     else:
         save_and_reload(job, recipe, folder.path / adapter, base.name)
     if len(scores.points) < 2 or scores.points[-1][0] < state.step:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from effitrain.core.methods import METHODS
 from effitrain.core.plan import Plan, make_plan
 from effitrain.core.presets import find_preset
 from effitrain.core.recipe import Recipe, make_recipe
@@ -28,10 +29,10 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         InputError: no such model, method, card or linear.
     """
-    if recipe.method != Recipe.model_fields["method"].default:  # looking others up imports torch
-        from effitrain.adapters.base import adapter_class
+    if recipe.method not in ("lora", *METHODS):  # looking others up imports torch
+        from effitrain.adapters.base import check_method
 
-        adapter_class(recipe.method)
+        check_method(recipe.method)
     spec = spec_from_config(find_model(recipe.model).config, recipe.model)
     named = recipe.gpu is not None or recipe.gpu_mem is not None
     return make_plan(spec, recipe, find_budget(recipe, assume_card=named))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from effitrain.core.errors import InputError
+from effitrain.core.methods import METHODS, adapter_kind
 from effitrain.core.recipe import Recipe
 from effitrain.kernels.lora_linear import LowRank
 
@@ -52,8 +53,10 @@ class AdapterConfig:
     @classmethod
     def of(cls, recipe: Recipe) -> "AdapterConfig":
         """The adapter that ``recipe`` asks for."""
+        kind = adapter_kind(recipe.method)
+        assert kind is not None
         return cls(
-            kind=recipe.method,
+            kind=kind,
             r=recipe.lora_r,
             alpha=recipe.lora_alpha,
             dropout=recipe.lora_dropout,
@@ -151,6 +154,12 @@ def kinds() -> list[str]:
     return [name for name in names if hasattr(importlib.import_module(f"effitrain.adapters.{name}"), "ADAPTER")]
 
 
+def check_method(method: str) -> None:
+    """Refuse a method that there is not."""
+    if method not in METHODS:
+        adapter_class(method)
+
+
 def adapter_class(kind: str) -> type[Adapter]:
     """The class of a variant.
 
@@ -158,5 +167,6 @@ def adapter_class(kind: str) -> type[Adapter]:
         InputError: no such variant; names those there are.
     """
     if kind not in kinds():
-        raise InputError(f"--method {kind}: no such adapter kind.", next_step=f"There are: {', '.join(kinds())}.")
+        there_are = ", ".join([*kinds(), *METHODS])
+        raise InputError(f"--method {kind}: no such method.", next_step=f"There are: {there_are}.")
     return importlib.import_module(f"effitrain.adapters.{kind}").ADAPTER

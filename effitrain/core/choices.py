@@ -8,13 +8,13 @@ from typing import Literal
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.ledger import LedgerLine, Settings, gpu_bytes, host_bytes
 from effitrain.core.memory import make_ledger
+from effitrain.core.methods import default_lr
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 from effitrain.core.speed import tokens_per_second
 
 SAMPLES_PER_STEP = 16
 DEFAULT_MAX_SEQ_LEN = 2048
-ADAPTER_LR = 2e-4
 # Beyond this many tokens a CPU gains no speed from a larger micro-batch.
 CPU_MICRO_BATCH_TOKENS = 4096
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -140,7 +140,7 @@ def _candidates(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: 
                     recompute=recompute,
                     offload=offload,
                     optimizer=recipe.optimizer or "adamw",
-                    lr=recipe.lr or ADAPTER_LR,
+                    lr=recipe.lr or default_lr(recipe.method),
                     streamed=spec.num_layers if weights == "streamed" else 0,
                     by_layer=by_layer,
                 )

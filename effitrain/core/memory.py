@@ -10,8 +10,10 @@ from fractions import Fraction
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.layout import BLOCK, NESTED_BLOCK, NF4, layer_layout
 from effitrain.core.ledger import DISK, GPU, HOST, LedgerLine, Settings, gpu_bytes
+from effitrain.core.methods import WEIGHTS
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import LayerSpec, LinearSpec, ModelSpec
+from effitrain.core.weights import active_layers, gradient_bytes, saved_by_norms, trained_tensors, trains_tables
 
 # bitsandbytes' 8-bit optimizer keeps tensors below this in 32 bits, and a 4-byte scale per 256 values of a moment.
 MIN_8BIT, STATE_BLOCK = 4096, 256
@@ -35,13 +37,13 @@ def make_ledger(
     """
     resident = (
         *_frozen(spec, recipe, settings),
-        *_tables(spec, settings, budget.device),
-        *_adapters(spec, recipe, settings),
+        *_tables(spec, recipe, settings, budget.device),
+        *(_masters if recipe.method in WEIGHTS else _adapters)(spec, recipe, settings),
         _gpu(OVERHEAD, budget.overhead_bytes, "CUDA context, workspaces, allocator slack"),
     )
     forward = _activations(spec, recipe, settings)
     moments = (
-        (*forward, *_loss(spec, settings, settings.tokens if trained is None else trained)),
+        (*forward, *_loss(spec, recipe, settings, settings.tokens if trained is None else trained)),
         (*forward, _norm_backward(spec, settings)),
         (*forward, *_layer_backward(spec, recipe, settings)),
     )
@@ -69,18 +71,20 @@ def optimizer_bytes(size: int, optimizer: str) -> int:
     return 2 * size + 2 * 4 * _ceil(size, STATE_BLOCK)
 
 
-def saved_bytes(layer: LayerSpec, spec: ModelSpec, recipe: Recipe, c: int) -> tuple[int, int]:
+def saved_bytes(layer: LayerSpec, spec: ModelSpec, recipe: Recipe, c: int, trained: bool = False) -> tuple[int, int]:
     """Bytes a token that one layer's forward pass keeps for its backward pass: outside the MLP, and in it.
 
     Counts the storages that autograd holds for transformers' layers around our own linears. Outside: both norms keep
     their input in fp32 and a reciprocal root; attention q, k, v, its output and the logsumexp. In the MLP: gate, up
     and, for down's adapter, the product; Gemma's GeGLU is left to autograd, which keeps gelu(gate) as well. Adapters
-    keep their input, one for q, k, v and one for gate and up, and ``x A^T``.
+    keep their input, one for q, k, v and one for gate and up, and ``x A^T``. ``trained``: the layer's own weights are
+    trained, and they keep the inputs that adapters keep.
     """
     rows = {linear.leaf: linear.out_features for linear in layer.linears}
-    on = {linear.leaf for linear in layer.linears if adapted(linear, recipe)}
+    keeps = trained or recipe.method not in WEIGHTS
+    on = {linear.leaf for linear in layer.linears if keeps and adapted(linear, recipe)}
     queries, keys = rows["q_proj"], rows["k_proj"]
-    norms = 2 * (4 * spec.hidden + 4)
+    norms = 2 * (4 * spec.hidden + 4) + (saved_by_norms(layer, spec, c) if trained else 0)
     qk_norms = 4 * (queries + keys + (queries + keys) // spec.head_dim) if spec.qk_norm else 0
     attention = 2 * (queries + keys) * c + 4 * (queries // spec.head_dim)
     product = "down_proj" in on and not recipe.lora_dropout
@@ -96,7 +100,7 @@ def _adapters_keep(
 ) -> int:
     """Bytes a token that the adapters of one block keep; the input of the leaving one is counted with the block."""
     mine = [linear for linear in layer.linears if linear.leaf in on and linear.leaf in (*entering, leaving)]
-    low = len(mine) * recipe.lora_r * c
+    low = len(mine) * recipe.lora_r * c if recipe.method not in WEIGHTS else 0
     if recipe.lora_dropout:  # every adapter then has an input of its own and a mask
         return low + sum((c + 1) * linear.in_features for linear in mine)
     return low + bool(on & set(entering)) * layer.linears[0].in_features * c
@@ -115,6 +119,15 @@ def _linears(spec: ModelSpec) -> Iterator[tuple[LinearSpec, int]]:
     return ((linear, count) for layer, count in spec.shapes for linear in layer.linears)
 
 
+def _layers(spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[LayerSpec, int, bool]]:
+    """The different layers, how many there are, and whether their own weights are trained."""
+    active = active_layers(spec, recipe)
+    for layer, count in spec.shapes:
+        trained = min(active, count)
+        active -= trained
+        yield from ((layer, number, own) for number, own in ((trained, True), (count - trained, False)) if number)
+
+
 def _factors(spec: ModelSpec, recipe: Recipe) -> list[tuple[int, int]]:
     """Sizes of the adapters' factors, ``A [r, in]`` and ``B [out, r]``, and how many there are of each."""
     linears = [(linear, count) for linear, count in (*_linears(spec), (spec.head, 1)) if adapted(linear, recipe)]
@@ -129,9 +142,10 @@ def blob_bytes(layer: LayerSpec, recipe: Recipe, settings: Settings) -> int:
 
 def _frozen(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
     """Frozen weights of the resident layers, and the slots that streamed ones visit."""
-    resident = Fraction(spec.num_layers - settings.streamed, spec.num_layers)
+    on_device = spec.num_layers - settings.streamed - active_layers(spec, recipe)
+    resident = Fraction(on_device, spec.num_layers)
     weights = f"{int(spec.linear_params * resident):,} weights"
-    of = f" ({spec.num_layers - settings.streamed} of {spec.num_layers} layers)" if settings.streamed else ""
+    of = f" ({on_device} of {spec.num_layers} layers)" if on_device < spec.num_layers else ""
     slots = _slots(spec, recipe, settings)
     if recipe.quant == "none":
         size = int(spec.linear_params * settings.width * resident)
@@ -153,12 +167,16 @@ def _slots(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerL
     return (_gpu("streaming slots", count * blob, f"{count} x {blob:,} B, the largest layer"),)
 
 
-def _tables(spec: ModelSpec, settings: Settings, device: str) -> tuple[LedgerLine, ...]:
-    """Embedding, head, norms and biases, all in the compute dtype."""
-    c = settings.width
+def _tables(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) -> tuple[LedgerLine, ...]:
+    """Frozen embedding, head, norms and biases, all in the compute dtype."""
+    c, trained = settings.width, trains_tables(spec, recipe)
     table = f"V {spec.vocab} x h {spec.hidden} x {c} B"
-    small = sum(count * (layer.params - layer.weights) for layer, count in spec.shapes) + spec.hidden
+    frozen = Fraction(spec.num_layers - active_layers(spec, recipe), spec.num_layers)
+    small = int(frozen * sum(count * (layer.params - layer.weights) for layer, count in spec.shapes))
+    small += 0 if trained else spec.hidden
     norms = _gpu("norms and biases", small * c, f"{small:,} x {c} B")
+    if trained:
+        return (norms,)
     if spec.tied:
         return _gpu("embedding, tied to the head", spec.embedding_params * c, table), norms
     where = HOST if device == "cuda" else GPU
@@ -170,12 +188,28 @@ def _adapters(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[Ledg
     factors = _factors(spec, recipe)
     weights = sum(size * count for size, count in factors)
     states = sum(count * optimizer_bytes(size, settings.optimizer) for size, count in factors)
-    each = "8 B" if settings.optimizer == "adamw" else f"(2 + 8/{STATE_BLOCK}) B, 8 B in tensors below {MIN_8BIT}"
     return (
         _gpu("adapter weights", 4 * weights, f"{weights:,} x 4 B (rank {recipe.lora_r})"),
         _gpu("adapter gradients", 4 * weights, f"{weights:,} x 4 B"),
-        _gpu("optimizer states", states, f"{weights:,} x {each} ({settings.optimizer})"),
+        _gpu("optimizer states", states, f"{weights:,} x {_state_bytes(settings)} ({settings.optimizer})"),
     )
+
+
+def _masters(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
+    """Weights of the model itself that are trained."""
+    tensors = trained_tensors(spec, recipe)
+    weights = sum(size * count for size, count in tensors)
+    states = sum(count * optimizer_bytes(size, settings.optimizer) for size, count in tensors)
+    where = f"{active_layers(spec, recipe)} layers" + (", embedding, head" if trains_tables(spec, recipe) else "")
+    return (
+        _gpu("trained weights", 4 * weights, f"{weights:,} x 4 B ({where})"),
+        _gpu("gradients", 4 * weights, f"{weights:,} x 4 B"),
+        _gpu("optimizer states", states, f"{weights:,} x {_state_bytes(settings)} ({settings.optimizer})"),
+    )
+
+
+def _state_bytes(settings: Settings) -> str:
+    return "8 B" if settings.optimizer == "adamw" else f"(2 + 8/{STATE_BLOCK}) B, 8 B in tensors below {MIN_8BIT}"
 
 
 def _activations(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
@@ -197,7 +231,7 @@ def _activations(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[L
     if settings.recompute == "layer":
         formula = f"L {spec.num_layers} x {together} x h {h} x {c} B"
         return batch, ends, _gpu("layer inputs", at_once * spec.num_layers * tokens * h * c, formula)
-    kept = [(saved_bytes(layer, spec, recipe, c), count) for layer, count in spec.shapes]
+    kept = [(saved_bytes(layer, spec, recipe, c, trained), count) for layer, count, trained in _layers(spec, recipe)]
     in_mlps = settings.recompute == "none"
     per_token = sum(count * (outside + (inside if in_mlps else h * c)) for (outside, inside), count in kept)
     formula = f"T {tokens} x {per_token:,} B in {spec.num_layers} layers"
@@ -212,23 +246,30 @@ def _activations(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[L
 def _casts(layer: LayerSpec, recipe: Recipe, c: int, with_mlp: bool = True) -> int:
     """Bytes of a layer's adapter weights in the compute dtype, which backward keeps where that is not fp32."""
     linears = [linear for linear in layer.linears if adapted(linear, recipe) and (with_mlp or _outside(linear))]
-    return sum(recipe.lora_r * (n.in_features + n.out_features) * c for n in linears) if c < 4 else 0
+    cast = c < 4 and recipe.method not in WEIGHTS
+    return sum(recipe.lora_r * (n.in_features + n.out_features) * c for n in linears) if cast else 0
 
 
 def _outside(linear: LinearSpec) -> bool:
     return not linear.name.startswith("mlp.")
 
 
-def _loss(spec: ModelSpec, settings: Settings, trained: int) -> tuple[LedgerLine, ...]:
-    """Head and loss in chunks of rows: one chunk of logits, which its gradient overwrites, and the hidden states."""
+def _loss(spec: ModelSpec, recipe: Recipe, settings: Settings, trained: int) -> tuple[LedgerLine, ...]:
+    """Head and loss in chunks of rows: one chunk of logits, which its gradient overwrites, and the hidden states; of a
+    trained head the gradient so far, and a chunk's.
+    """
     tokens, c, h = settings.tokens, settings.width, spec.hidden
+    head, tables = spec.head.weights, trains_tables(spec, recipe)
     rows = min(trained, max(LOSS_MIN_ROWS, LOSS_CHUNK_BYTES // (4 * spec.vocab)))
     per_logit = 4 + (c if c < 4 else 0)
     chunk = rows * (spec.vocab * per_logit + 2 * h * c)
+    # A chunk's gradient is made when the float32 copy of half-precision logits is gone.
+    grads = 4 * head + max(0, gradient_bytes(head, c) - rows * spec.vocab * (per_logit - c))
     leaving = settings.offload  # the last layer's input, on its way to the host
-    held = 2 + leaving
+    held = 2 + leaving + tables  # what a trained norm made of its input
     states = f"T {tokens} x h {h} x (4 B norm input + {held} x {c} B: output, gradient{', leaving' * leaving})"
     return (
+        _gpu("head's gradient", tables * grads, f"V {spec.vocab} x h {h}, so far and of a chunk"),
         _gpu("loss chunk", chunk, f"{rows} rows x (V {spec.vocab} x {per_logit} B + h {h} x 2 x {c} B)"),
         _gpu("final hidden states and gradient", tokens * h * (4 + held * c), states),
     )
@@ -247,12 +288,21 @@ def _layer_backward(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tupl
     tokens, c, h = settings.tokens, settings.width, spec.hidden
     rows = {linear.leaf: linear.out_features for linear in layer.linears}
     ffn, down = rows["gate_proj"], next(linear for linear in layer.linears if linear.leaf == "down_proj")
-    outside, inside = saved_bytes(layer, spec, recipe, c)
+    trained = active_layers(spec, recipe) > 1  # the last layer too
+    outside, inside = saved_bytes(layer, spec, recipe, c, trained)
     again = {"none": 0, "mlp": inside - h * c, "layer": outside + inside}[settings.recompute]
     if settings.recompute == "layer" and c == 4:
         again -= 4 * h  # the first norm keeps the layer input itself, which is counted with the layer inputs
     lines = [_gpu("layer computed again", tokens * again, f"T {tokens} x {again:,} B")]
-    if settings.recompute != "none":
+    if recipe.method in WEIGHTS:
+        grads = gradient_bytes(down.weights, c) if trained else 0
+        if settings.recompute == "layer":  # all of a layer's are handed on together
+            grads = 4 * layer.params
+        formula = (
+            "of the layer, 4 B each" if settings.recompute == "layer" else f"of down_proj, {4 if c == 4 else c + 4} B"
+        )
+        lines.append(_gpu("weight gradients on their way", grads, formula))
+    elif settings.recompute != "none":
         lines.append(_gpu("its adapter weights", _casts(layer, recipe, c), f"in {c} B each"))
     # down's adapter gives its share of the input's gradient first, and then has no use for its own input.
     on_down = adapted(down, recipe) and not recipe.lora_dropout

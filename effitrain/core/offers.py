@@ -94,7 +94,7 @@ def _changes(way: Way) -> Iterator[dict[str, Any]]:
         yield {"optimizer": "adamw8bit"}
     if recipe.dtype == "fp32" and way.budget.device == "cuda":
         yield {"dtype": "bf16"}
-    if recipe.quant == "none":
+    if recipe.quant == "none" and recipe.method != "full":
         yield {"quant": "nf4"}
 
 

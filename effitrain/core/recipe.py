@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from effitrain.core import methods
 from effitrain.core.errors import InputError
 from effitrain.core.names import nearest_name
 from effitrain.core.units import parse_bytes
@@ -29,7 +30,6 @@ LATER = {
 LATER_VALUES = {
     "align": {"train": "Continued training of a small model"},
     "method": {
-        "full": "Full fine-tuning",
         "lisa": "LISA",
         "lisa-lora": "LISA",
         "lisa-delta": "LISA",
@@ -154,7 +154,9 @@ class Recipe(BaseModel):
     grad_accum: Annotated[int | None, Auto] = _flag(
         None, "Micro-steps a step; from the plan, 16 samples a step", group="training", ge=1
     )
-    lr: Annotated[float | None, Auto] = _flag(None, "Peak learning rate; 2e-4 for adapters", group="training", gt=0)
+    lr: Annotated[float | None, Auto] = _flag(
+        None, "Peak learning rate; 2e-4 for adapters, 1e-5 for weights", group="training", gt=0
+    )
     schedule: Literal["cosine", "linear", "constant"] = _flag(
         "cosine", "Learning-rate schedule; cosine ends at 10 %", group="training"
     )
@@ -168,7 +170,7 @@ class Recipe(BaseModel):
         None, "Optimizer; adamw, or adamw8bit where only that fits", group="training"
     )
 
-    method: str = _flag("lora", "Adapter kind", group="adapter")
+    method: str = _flag("lora", "What is trained: an adapter kind, or full for every weight", group="adapter")
     lora_r: int = _flag(16, "Rank", group="adapter", ge=1)
     lora_alpha: float = _flag(32.0, "Alpha; the update is scaled by alpha / r", group="adapter", gt=0)
     lora_dropout: float = _flag(0.0, "Dropout on the adapter's input", group="adapter", ge=0, lt=1)
@@ -235,6 +237,7 @@ def make_recipe(fields: dict[str, Any]) -> Recipe:
     Raises:
         InputError: names every bad field at once, an unknown key with the nearest valid one.
     """
+    fields = {**methods.DEFAULTS.get(str(fields.get("method")), {}), **fields}
     problems = [_unknown(key) for key in fields if key not in Recipe.model_fields]
     known = {key: value for key, value in fields.items() if key in Recipe.model_fields}
     recipe = None
@@ -245,7 +248,7 @@ def make_recipe(fields: dict[str, Any]) -> Recipe:
     except InputError as error:
         problems.append(str(error))
     if recipe is not None:
-        problems += _contradictions(recipe)
+        problems += [*_contradictions(recipe), *methods.contradictions(recipe)]
     problems += [_not_yet(key, known[key]) for key in LATER_VALUES if known.get(key) in LATER_VALUES[key]]
     if problems or recipe is None:
         raise InputError("\n".join(problems), next_step="effitrain run --help lists every flag.")

@@ -60,6 +60,8 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> list[Way]:
     if recipe.prune_method == "loraprune" and (recipe.fit == "prune" or recipe.prune_ratio is not None):
         small_spec(spec, recipe)
         return [Way("prune", "resident", spec, recipe, budget, recipe.prune_ratio)]  # the whole model, masked
+    if recipe.method == "full":
+        return [Way("resident", "resident", spec, recipe, budget)]
     can_stream = recipe.recompute in ("auto", "layer")
     ratios = PRUNE_RATIOS if recipe.prune_ratio is None else (recipe.prune_ratio,)
     resident = [Way("resident", "resident", spec, recipe, budget)] if recipe.resident_layers is None else []

@@ -20,7 +20,7 @@ from effitrain.model.attention import attention
 
 
 class RMSNorm(nn.Module):
-    """Llama's norm, with the weight of the stock one."""
+    """Llama's norm, with the weight of the stock one; a trained weight, in float32, is rounded to the dtype of x."""
 
     def __init__(self, stock: Any):
         super().__init__()
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class SelfAttention(nn.Module):

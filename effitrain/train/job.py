@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import torch
 
-from effitrain.adapters.attach import attach
 from effitrain.adapters.base import Adapter, AdapterConfig, Clock
 from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.core.errors import InputError
@@ -17,11 +16,13 @@ from effitrain.data.batches import Batches
 from effitrain.data.tokenized import TokenSet
 from effitrain.model.decoder import Decoder
 from effitrain.model.load import DTYPES, Base, load_model
+from effitrain.model.save import write_model
 from effitrain.stream.offload import Offload
 from effitrain.stream.placement import Placement
 from effitrain.train.loop import Course
 from effitrain.train.optim import make_optimizer
 from effitrain.train.state import TrainState, checkpoints, load_checkpoint, remove_after
+from effitrain.train.trainable import make_trainable
 
 T = TypeVar("T")
 
@@ -64,7 +65,7 @@ def assemble(
     decoder = load_model(base, recipe, device, progress, placement, stored)
     keep_less(decoder, recipe, by_layer)
     clock = Clock(recipe.seed)
-    adapters = attach(decoder, AdapterConfig.of(recipe), clock)
+    adapters = make_trainable(decoder, recipe, clock)
     if recipe.init_adapter:
         load_into(adapters, read_adapter(adapter_folder(recipe.init_adapter)), recipe.init_adapter)
     trainable: dict[str, torch.Tensor] = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
@@ -117,6 +118,11 @@ def resume(recipe: Recipe, folder: Path, job: Job, tell: Callable[[str], None]) 
         tell(f"Going on from {newest}, after step {state.step} of {job.course.steps}.")
     remove_after(folder, state.step)
     return state
+
+
+def save_model(job: Job, recipe: Recipe, target: Path, base: Base) -> None:
+    """Save the model with its trained weights as a folder, rounded as they were in the last forward pass."""
+    write_model(target, base, job.trainable, DTYPES[recipe.dtype])
 
 
 def save_and_reload(job: Job, recipe: Recipe, target: Path, base_name: str) -> None:

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from effitrain.adapters.attach import attach
-from effitrain.adapters.base import AdapterConfig, Clock
+from effitrain.adapters.base import Clock
 from effitrain.core.cut import small_spec
 from effitrain.core.ledger import GPU
 from effitrain.core.memory import MIN_8BIT, OVERHEAD, SLOTS, STATE_BLOCK
 from effitrain.core.plan import Plan, resolve
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
+from effitrain.core.weights import trains_tables
 from effitrain.data.batches import MicroBatch
 from effitrain.io.synthetic import EmptyCheckpoint, shapes_of
 from effitrain.model.decoder import Decoder, build
@@ -34,6 +34,7 @@ from effitrain.train.job import chosen, keep_less
 from effitrain.train.loss import backward_by_layer, loss_sum
 from effitrain.train.memory import StorageTracker, model_tensors, optimizer_tensors
 from effitrain.train.optim import make_optimizer
+from effitrain.train.trainable import make_trainable
 
 STEP = "the step"
 COMPONENTS = {
@@ -41,7 +42,7 @@ COMPONENTS = {
         "frozen linears", "NF4 offsets", "streaming slots", "embedding", "embedding, tied to the head", "head",
         "norms and biases",
     ),
-    "adapters and their gradients": ("adapter weights", "adapter gradients"),
+    "trained tensors and their gradients": ("adapter weights", "adapter gradients", "trained weights", "gradients"),
     "optimizer states": ("optimizer states",),
     STEP: (),
 }  # fmt: skip
@@ -103,7 +104,7 @@ class Step:
     @property
     def host_embedding(self) -> bool:
         """Whether the embedding is no tensor of the device."""
-        return self.device == "cuda" and not self.spec.tied
+        return self.device == "cuda" and not self.spec.tied and not trains_tables(self.spec, self.recipe)
 
 
 def proved(plan: Plan, spec: ModelSpec, config: Mapping[str, Any], recipe: Recipe, device: str) -> Plan:
@@ -235,7 +236,7 @@ def _model(step: Step) -> Decoder:
         placement = Placement(step.spec.num_layers, resident, frozenset(), min(SLOTS, len(visiting)))
         source = FreshLayers(step.spec, weights, recipe.quant, recipe.dtype)
         stream(decoder, source, placement, device, shapes_only=True)
-    attach(decoder, AdapterConfig.of(recipe), Clock(recipe.seed))
+    make_trainable(decoder, recipe, Clock(recipe.seed))
     keep_less(decoder, recipe, step.by_layer)
     return decoder
 

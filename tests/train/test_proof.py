@@ -5,6 +5,7 @@ Tolerances are the project's promise: 3 % on shapes, 5 % on a CPU.
 
 import itertools
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,26 @@ def preset(name: str) -> tuple[ModelSpec, dict[str, Any]]:
     found = find_preset(name)
     assert found is not None
     return spec_from_config(found.config, name), dict(found.config)
+
+
+FULL = {
+    "kept": {"recompute": "none"},
+    "mlp": {"recompute": "mlp"},
+    "layer": {"recompute": "layer", "offload_activations": "off"},
+    "offloaded": {"recompute": "layer", "offload_activations": "on"},
+    "half states": {"recompute": "layer", "optimizer": "adamw8bit"},
+}
+
+
+@pytest.mark.parametrize("way", FULL)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "qwen2.5-7b"])  # tied, and not
+def test_full_tuning_is_predicted_too(model: str, device: str, way: str) -> None:
+    spec, config = preset(model)
+    budget = CUDA if device == "cuda" else replace(CUDA, device="cpu", overhead_bytes=0)
+    recipe = make_recipe({"method": "full", "max_seq_len": 1024, "batch_size": 1, "optimizer": "adamw", **FULL[way]})
+    proof = proved(make_plan(spec, recipe, budget), spec, config, recipe, device).proof
+    assert proof is not None and abs(proof["error"]) < 0.03
 
 
 def error_of(model: str, way: str, tokens: int, optimizer: str) -> float:
@@ -145,6 +166,9 @@ CPU_WAYS: dict[str, dict[str, Any]] = {
     "streamed": {"fit": "stream", "resident_layers": 1, "stream_order": "micro-batch"},
     "8-bit states": {"optimizer": "adamw8bit"},
     "some linears": {"lora_targets": "q_proj,lm_head"},
+    "full": {"method": "full"},
+    "full, layer": {"method": "full", "recompute": "layer"},
+    "full, half precision": {"method": "full", "dtype": "bf16"},
 }
 
 

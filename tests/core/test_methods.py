@@ -1,0 +1,57 @@
+"""What a method trains, its own defaults, and the fields it cannot use."""
+
+import pytest
+
+from effitrain.core.budget import GIB, MemoryBudget
+from effitrain.core.errors import InputError
+from effitrain.core.plan import make_plan
+from effitrain.core.presets import find_preset
+from effitrain.core.recipe import make_recipe
+from effitrain.core.spec import spec_from_config
+
+
+def plan(model: str, **fields):
+    found = find_preset(model)
+    assert found is not None
+    budget = MemoryBudget(80 * GIB, 64 * GIB, GIB, "cuda")
+    return make_plan(spec_from_config(found.config, model), make_recipe(fields), budget)
+
+
+def test_full_tuning_has_defaults_of_its_own() -> None:
+    recipe = make_recipe({"method": "full"})
+    assert recipe.quant == "none" and make_recipe({}).quant == "nf4"
+    made = plan("llama-3.2-1b", method="full")
+    assert made.settings.lr == 1e-5 and made.fit == "resident"
+    assert plan("llama-3.2-1b").settings.lr == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"quant": "nf4"}, "--quant nf4 freezes"),
+        ({"fit": "stream"}, "never copied back"),
+        ({"resident_layers": 1}, "never copied back"),
+        ({"fit": "prune", "prune_ratio": 0.5}, "nothing can be recovered"),
+        ({"prune_ratio": 0.5}, "nothing can be recovered"),
+        ({"lora_r": 8}, "--lora-r is for adapters"),
+        ({"init_adapter": "x"}, "--init-adapter is for adapters"),
+    ],
+)
+def test_what_full_tuning_cannot_use_is_refused(fields, reason) -> None:
+    with pytest.raises(InputError, match=reason):
+        make_recipe({"method": "full", **fields})
+
+
+def test_every_weight_has_master_gradient_and_states() -> None:
+    for model, params in (("llama-3.2-1b", 1_235_814_400), ("qwen2.5-7b", 7_615_616_512)):
+        made = plan(model, method="full", optimizer="adamw", batch_size=1)
+        sizes = {line.what: line.bytes for line in made.ledger if line.where == "gpu"}
+        assert sizes["trained weights"] == sizes["gradients"] == 4 * params
+        assert sizes["optimizer states"] == 8 * params
+        assert not {"frozen linears", "embedding", "head", "norms and biases", "adapter weights"} & sizes.keys()
+
+
+def test_what_does_not_fit_is_offered_without_4_bits() -> None:
+    made = plan("llama-70b", method="full", batch_size=8)
+    assert not made.fits and made.fit == "resident"
+    assert not any("nf4" in other.why or other.fit != "resident" for other in made.alternatives)
