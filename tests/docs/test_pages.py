@@ -2,7 +2,7 @@
 
 A page is run from top to bottom in one folder. ``sh`` and ``python`` blocks are executed; ``sh exit=2`` must end with
 that code. A ``text`` block is what the block before it prints: its lines appear in that order, any number may stand for
-any other, and ``...`` for anything. ``sh not-run`` and ``python not-run`` need what is not here, and the page says what.
+any other, and ``...`` for anything. ``sh not-run`` and ``python not-run`` need what is not here; the page says what.
 """
 
 import os
