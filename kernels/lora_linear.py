@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from effitrain.kernels.backend import rows_of, shaped, tl, triton, usable
 from effitrain.kernels.dropout import dropout
-from effitrain.kernels.nf4_linear import GROUP, WIDTHS, multiply, tile_of
+from effitrain.kernels.nf4_linear import GROUP, WIDTHS, multiplies, multiply, tile_of
 from effitrain.kernels.tiles import tiles_for
 
 MAX_RANK = 128  # of an update that our own product adds: its tiles hold all of z and B at once
@@ -241,7 +241,7 @@ def _fuses(x: Tensor, update: LowRank) -> bool:
     """Whether our own product makes y and adds the update: many rows, on cards where it is faster."""
     tiles = tiles_for(x.device)
     rank, width = update.A.shape
-    fits = rank <= MAX_RANK and width % WIDTHS == update.B.shape[0] % WIDTHS == 0
+    fits = rank <= MAX_RANK and width % WIDTHS == update.B.shape[0] % WIDTHS == 0 and multiplies(x)
     return tiles.lora_fused and fits and tiles.nf4_tile(len(x)) is None and usable("lora_linear", x)
 
 

@@ -93,11 +93,16 @@ def _nf4_linear(
     tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+def multiplies(x: Tensor) -> bool:
+    """Whether our own products may take ``x``: on a card halves alone, as float32 has no tensor cores and spills."""
+    return x.dtype != torch.float32 or not x.is_cuda
+
+
 def fused(x: Tensor, weight: NF4Weight) -> bool:
     """Whether a product of ``x`` with ``weight``, either way, is best made without the weight's floats."""
     tile = tiles_for(x.device).nf4_tile(_tokens(x))
     fits = weight.shape[0] % WIDTHS == weight.shape[1] % BLOCK == 0
-    return tile is not None and fits and usable("nf4_linear", x, weight.nested_absmax)
+    return tile is not None and fits and multiplies(x) and usable("nf4_linear", x, weight.nested_absmax)
 
 
 def product(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:

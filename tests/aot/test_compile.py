@@ -29,12 +29,13 @@ from effitrain.kernels import (
     rope,
     swiglu,
 )
-from effitrain.kernels.tiles import Tile, all_tiles
+from effitrain.kernels.tiles import Tile, Tiles, all_tiles
 
 TABLE = Path(__file__).with_name("resources.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Shared memory of a program in KiB: CUDA programming guide, compute capabilities.
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+NF4, NO_FUSION = "*u8 *u8 *fp32 *fp32 *fp32", {"enable_fp_fusion": False}
 # What the tuner may choose for thousands of tokens: the largest tile that spills on no card.
 MANY = {"default": ((4096, Tile(128, 128, 64, 8, 3)),)}
 
@@ -55,33 +56,11 @@ class Case:
 
 def cases(half: str = "bf16") -> Iterator[Case]:
     """What the engine launches for models in ``half`` precision."""
-    nf4 = "*u8 *u8 *fp32 *fp32 *fp32"
-    no_fusion, wide = {"enable_fp_fusion": False}, {"WIDE": False, "GROUP": nf4_linear.GROUP}
     for table, tiles in all_tiles().items():
-        constants = {"BLOCKS": tiles.dequantize_blocks}
-        dequantize = nf4_dequantize._nf4_dequantize
-        yield Case(f"nf4_dequantize {table}", dequantize, f"{nf4} *{half} i32 i32", constants, options=no_fusion)
-        for most, tile in (*tiles.nf4, *MANY.get(table, ())):
-            options = {"warps": tile.warps, "stages": tile.stages, "tensor_cores": half != "fp32", "options": no_fusion}
-            for transposed in (False, True):
-                blocks = {"BM": tile.m, "BN": max(tile.n, 64) if transposed else tile.n, "BK": tile.k}
-                flags = {"TRANSPOSED": transposed, "BIAS": not transposed, "ADD": transposed, **wide}
-                name = f"nf4_linear{' transposed' * transposed} {most} {table}"
-                types = f"*{half} {nf4} *{half} *{half} i32 i32 i32 i32"
-                yield Case(name, nf4_linear._nf4_linear, types, {**flags, **blocks}, **options)
-        tile = tiles.lora
-        options = {"warps": tile.warps, "stages": tile.stages, "tensor_cores": half != "fp32"}
-        blocks = {"BM": tile.m, "BN": tile.n, "BK": tile.k, **wide}
-        for rank in (16, 128):
-            for backward in (False, True):
-                # A weight is read along its rows forward and down its columns backward: the strides of 1 are constants.
-                ones = {"w_n": 1, "b_n": 1} if backward else {"w_k": 1, "b_r": 1}
-                constants = {"BR": rank, "ADD": backward, "BIAS": not backward, **blocks, **ones}
-                name, types = (
-                    f"lora_linear{' backward' * backward} {rank} {table}",
-                    f"{f'*{half} ' * 6} {'i32 ' * 6} fp32",
-                )
-                yield Case(name, lora_linear._lora_linear, types, constants, **options)
+        types, constants = f"{NF4} *{half} i32 i32", {"BLOCKS": tiles.dequantize_blocks}
+        yield Case(f"nf4_dequantize {table}", nf4_dequantize._nf4_dequantize, types, constants, options=NO_FUSION)
+        if half != "fp32":  # where our own products are not launched: it has no tensor cores
+            yield from products(half, table, tiles)
     for hidden in (128, 4096, 8192):
         cols, rows = hidden, max(1, rms_norm.TILE // hidden)
         tile, warps = {"ROWS": rows, "COLS": cols}, min(max(rows * cols // 1024, 4), 16)
@@ -103,6 +82,27 @@ def cases(half: str = "bf16") -> Iterator[Case]:
         yield Case(name, swiglu._forward, f"{' '.join([f'*{half}'] * 3)} i32", constants)
         types = f"{' '.join([f'*{half}'] * 6)} i32"
         yield Case(f"{name} backward", swiglu._backward, types, {"OUT": True, **constants})
+
+
+def products(half: str, table: str, tiles: Tiles) -> Iterator[Case]:
+    """Our own products, both ways."""
+    wide = {"WIDE": False, "GROUP": nf4_linear.GROUP}
+    for most, tile in (*tiles.nf4, *MANY.get(table, ())):
+        types, options = f"*{half} {NF4} *{half} *{half} i32 i32 i32 i32", (tile.warps, tile.stages, True, NO_FUSION)
+        for transposed in (False, True):
+            blocks = {"BM": tile.m, "BN": max(tile.n, 64) if transposed else tile.n, "BK": tile.k}
+            flags = {"TRANSPOSED": transposed, "BIAS": not transposed, "ADD": transposed, **wide}
+            name = f"nf4_linear{' transposed' * transposed} {most} {table}"
+            yield Case(name, nf4_linear._nf4_linear, types, {**flags, **blocks}, *options)
+    tile, types = tiles.lora, f"{f'*{half} ' * 6} {'i32 ' * 6} fp32"
+    blocks = {"BM": tile.m, "BN": tile.n, "BK": tile.k, **wide}
+    for rank in (16, 128):
+        for backward in (False, True):
+            # A weight is read along its rows forward and down its columns backward: the strides of 1 are constants.
+            ones = {"w_n": 1, "b_n": 1} if backward else {"w_k": 1, "b_r": 1}
+            constants = {"BR": rank, "ADD": backward, "BIAS": not backward, **blocks, **ones}
+            name = f"lora_linear{' backward' * backward} {rank} {table}"
+            yield Case(name, lora_linear._lora_linear, types, constants, tile.warps, tile.stages, True)
 
 
 CASES = list(cases())

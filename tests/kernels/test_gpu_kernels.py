@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
 ]
 CUDA = torch.device("cuda")
+HALVES = (torch.float16, torch.bfloat16)  # what our own products take on a card
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def test_nf4_is_bitsandbytes_bit_for_bit(shape, dtype):
     assert torch.equal(reference(weight, dtype), stock)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("rows", "out", "inp", "rank"), [(17, 100, 72, 5), (300, 512, 1024, 16), (1000, 640, 256, 128)]
 )
@@ -71,7 +72,7 @@ def test_our_own_product(dtype, rows, out, inp, rank, transposed):
     assert (found.double() - wanted).abs().max() <= TOLERANCES[dtype] * wanted.abs().max()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("tile", [Tile(16, 32, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)])
 @pytest.mark.parametrize(("rows", "out", "inp"), [(1, 48, 64), (70, 304, 1024), (1000, 640, 192)])
 def test_nf4_product_at_every_tile(monkeypatch, dtype, tile, rows, out, inp):
