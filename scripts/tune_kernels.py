@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from effitrain.evals import bench_kernels, kernels
-from effitrain.evals.bench_kernels import LLAMA_8B, LLAMA_70B, Shapes
+from effitrain.evals.bench_cases import LLAMA_8B, LLAMA_70B, Shapes
 from effitrain.kernels import lora_linear, nf4_dequantize, nf4_linear, tiles
 from effitrain.kernels.tiles import Tile, Tiles, all_tiles
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from effitrain.evals.bench_kernels import Shapes
+from effitrain.evals.bench_cases import Shapes
 from effitrain.evals.kernels import Maker
 from effitrain.kernels import nf4_linear, tiles
 from effitrain.kernels.tiles import Tile, all_tiles
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "tune_kernels.py"
-SMALL = Shapes("small", 64, 128, 2, 16, 300, 24, 4)
+SMALL = Shapes("small", 64, 128, 2, 1, 32, 300, 24, 4)
 START = all_tiles()["default"]
 MANY = Tile(64, 128, 64, 4, 2)
 
