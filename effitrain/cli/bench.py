@@ -55,6 +55,7 @@ def step(model: str, rows: int, length: int, rank: int, steps: int, as_json: boo
     import torch
 
     from effitrain.core.units import format_bytes
+    from effitrain.evals.bench_kernels import versions
     from effitrain.evals.bench_step import in_processes
 
     where = "cuda bf16" if torch.cuda.is_available() else "cpu fp32"
@@ -70,4 +71,5 @@ def step(model: str, rows: int, length: int, rank: int, steps: int, as_json: boo
         loss = f"first loss {result['losses'][0]:.4f}{'' if result['same_loss'] else ', NOT THE SAME'}"
         click.echo(f"{result['contender']:36} {speed:10.0f} tokens/s, peak {peak}, {loss}")
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        click.echo(json.dumps({"card": card, **versions(), "contenders": results}, indent=2))

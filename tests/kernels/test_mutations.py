@@ -76,6 +76,12 @@ lora_linear: backward without dropout
 lora_linear: buffer overwritten
 - total += tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
 + total += 0.0
+lora_linear: input kept where A is frozen
+- flat if any(ctx.needs_input_grad[2::3]) else None
++ flat
+lora_qkv: keys for values
+- lora_linears(x, (query, key, value))
++ lora_linears(x, (query, key, key))
 lora_mlp: a share of dh missing
 - h = dh = input_gradient(grad, dlow, ctx.linears[2])
 + h = dh = input_gradient(grad, None, ctx.linears[2])
