@@ -7,7 +7,8 @@ given. Speed is the median over the steps after the first few. Each run is a pro
 own. A clock runs from the start: what no longer fits is left out, and the results say so.
 
 Runs under a cap compare the measured peak with the predicted one and with the budget. scripts/gpu_compare.py sets the
-streamed 8B against the resident one: bits of loss and gradients, and times of steps.
+streamed 8B against the resident one: bits of loss and gradients, and times of steps. ``effitrain bench`` times kernels
+and a step against other libraries.
 """
 
 import argparse
