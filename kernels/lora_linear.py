@@ -22,12 +22,10 @@ from torch.nn import functional as F
 
 from effitrain.kernels.backend import rows_of, shaped, tl, triton, usable
 from effitrain.kernels.dropout import dropout
-from effitrain.kernels.nf4_linear import multiply
+from effitrain.kernels.nf4_linear import GROUP, WIDTHS, multiplies, multiply, tile_of
 from effitrain.kernels.tiles import tiles_for
 
-WIDTHS = 16  # of which both widths must be multiples for our own product: loads of other widths are slow, and spill
 MAX_RANK = 128  # of an update that our own product adds: its tiles hold all of z and B at once
-GROUP = 8  # rows of tiles that share their columns of the weight in the card's cache
 
 
 class Frozen(Protocol):
@@ -100,13 +98,8 @@ def _lora_linear(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] W + scale z [M, R] B (+ bias, + y itself); W and B are read by strides, either way round."""
-    columns = tl.cdiv(N, BN)
-    group = tl.program_id(0) // (GROUP * columns)
-    rows = min(tl.cdiv(M, BM) - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * columns)
-    m = (group * GROUP + within % rows) * BM + tl.arange(0, BM)
-    n = within // rows * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
+    row, column = tile_of(M, N, GROUP, BM, BN)
+    m, n, k = row + tl.arange(0, BM), column + tl.arange(0, BN), tl.arange(0, BK)
     m_in, n_in = (m % M).to(tl.int64), (n % N).to(tl.int64)  # beyond the end: any row that is there
     x_at = x_ptr + m_in[:, None] * K + k[None, :]
     w_at = w_ptr + k.to(tl.int64)[:, None] * w_k + n_in[None, :] * w_n
@@ -248,8 +241,8 @@ def _fuses(x: Tensor, update: LowRank) -> bool:
     """Whether our own product makes y and adds the update: many rows, on cards where it is faster."""
     tiles = tiles_for(x.device)
     rank, width = update.A.shape
-    fits = rank <= MAX_RANK and width % WIDTHS == update.B.shape[0] % WIDTHS == 0
-    return tiles.lora_fused and fits and len(x) > tiles.nf4_fused_tokens and usable("lora_linear", x)
+    fits = rank <= MAX_RANK and width % WIDTHS == update.B.shape[0] % WIDTHS == 0 and multiplies(x)
+    return tiles.lora_fused and fits and tiles.nf4_tile(len(x)) is None and usable("lora_linear", x)
 
 
 def _mixed(low: Tensor, update: LowRank) -> Tensor:

@@ -34,19 +34,21 @@ class Tiles:
 
     Attributes:
         dequantize_blocks: blocks of 64 weights a program of ``nf4_dequantize`` turns into floats.
-        nf4_fused_tokens: up to so many tokens ``nf4_linear`` never writes the weight out; beyond, it dequantises and
-            leaves the product to cuBLAS.
-        nf4: tile of that fused product; ``k`` is 64, one block of NF4.
+        nf4: for up to so many tokens, the tile with which ``nf4_linear`` never writes the weight out, ascending; beyond
+            the last it dequantises and leaves the product to cuBLAS. ``k`` is a multiple of 64, a block of NF4.
         lora_fused: whether ``lora_linear`` on a plain weight adds the low-rank term inside our own product; else
             cuBLAS multiplies and the term is added in a second pass.
         lora: tile of that product.
     """
 
     dequantize_blocks: int
-    nf4_fused_tokens: int
-    nf4: Tile
+    nf4: tuple[tuple[int, Tile], ...]
     lora_fused: bool
     lora: Tile
+
+    def nf4_tile(self, tokens: int) -> Tile | None:
+        """The tile of a fused product with ``tokens`` rows; None where the weight is better dequantised first."""
+        return next((tile for most, tile in self.nf4 if tokens <= most), None)
 
 
 @cache
@@ -65,4 +67,5 @@ def all_tiles() -> dict[str, Tiles]:
 
 
 def _tiles(fields: dict[str, Any]) -> Tiles:
-    return Tiles(**{**fields, "nf4": Tile(*fields["nf4"]), "lora": Tile(*fields["lora"])})
+    nf4 = tuple((most, Tile(*tile)) for most, tile in fields["nf4"])
+    return Tiles(**{**fields, "nf4": nf4, "lora": Tile(*fields["lora"])})

@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -19,16 +19,17 @@ from typing import Any
 import torch
 
 from effitrain.evals import bench_kernels, kernels
-from effitrain.evals.bench_kernels import LLAMA_8B, LLAMA_70B, Shapes
+from effitrain.evals.bench_cases import LLAMA_8B, LLAMA_70B, Shapes
 from effitrain.kernels import lora_linear, nf4_dequantize, nf4_linear, tiles
 from effitrain.kernels.tiles import Tile, Tiles, all_tiles
 
 BLOCKS = (8, 16, 32, 64, 128)
-NF4 = tuple(Tile(16, n, 64, w, s) for n, w, s in product((32, 64, 128), (2, 4, 8), (2, 3, 4, 5)))
+TOKENS = (16, 64, 256, 1024, 4096)  # up to which an NF4 product may have a tile of its own
+FEW = tuple(Tile(16, n, 64, w, s) for n, w, s in product((32, 64, 128), (2, 4, 8), (2, 3, 4, 5)))
+MANY = tuple(Tile(m, n, 64, w, s) for m, n, w, s in product((32, 64, 128), (64, 128), (4, 8), (2, 3, 4)))
 LORA = tuple(
     Tile(m, n, k, w, s) for m, n, k, w, s in product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4))
 )  # fmt: skip
-FEW = (1, 2, 4, 8, 16, 32, 64, 128)  # tokens at which the fused NF4 product may still be faster
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Use = Callable[[Tiles], float]
 
@@ -44,8 +45,7 @@ def main() -> None:
     found = tune(make, (LLAMA_8B, LLAMA_70B), all_tiles()["default"])
     name = "sm_{}{}".format(*torch.cuda.get_device_capability())
     stored = json.loads(tiles.FILE.read_text(encoding="utf-8"))
-    entry = {key: list(v.values()) if isinstance(v, dict) else v for key, v in asdict(found).items()}
-    stored[name] = {key: value for key, value in entry.items() if value != stored["default"][key]}
+    stored[name] = {key: value for key, value in as_json(found).items() if value != stored["default"][key]}
     print(json.dumps({name: stored[name]}, indent=2))
     if not args.dry_run:
         tiles.FILE.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
@@ -60,20 +60,31 @@ def tune(make: kernels.Maker, shapes: Iterable[Shapes], start: Tiles) -> Tiles:
         call = partial(nf4_dequantize.nf4_dequantize, dtype=make.dtype)
         return sum(timed(chosen, call, [linear.base.weight]) for _, linear in layers)  # type: ignore[attr-defined]
 
-    def few(chosen: Tiles, tokens: int = 1, fused: bool = True) -> float:
-        chosen = replace(chosen, nf4_fused_tokens=tokens if fused else 0)
-        weights = [(linear.base.weight, make.randn(tokens, s.hidden)) for s, linear in layers]  # type: ignore[attr-defined]
-        return sum(timed(chosen, nf4_linear.product, [x, weight]) for weight, x in weights)
+    def multiply(tokens: int, chosen: Tiles) -> float:
+        weights = [(s, linear.base.weight) for s, linear in layers]  # type: ignore[attr-defined]
+        inputs = [(make.randn(tokens, s.hidden), make.randn(tokens, s.ffn), weight) for s, weight in weights]
+        return sum(timed(chosen, both_ways, rows) for rows in inputs)
 
     def update(chosen: Tiles) -> float:
         rows = [(make.randn(s.tokens, s.hidden), linear) for s, linear in layers]
         return sum(timed(chosen, lora_linear.project, [x, linear]) for x, linear in rows)
 
     best = fastest(dequantize, [replace(start, dequantize_blocks=n) for n in BLOCKS])
-    best = fastest(few, [replace(best, nf4=tile) for tile in NF4])
-    faster = [tokens for tokens in FEW if few(best, tokens) < few(best, tokens, fused=False)]
-    best = replace(best, nf4_fused_tokens=max(faster, default=0))
+    rows: tuple[tuple[int, Tile], ...] = ()
+    for tokens in TOKENS:
+        fused = [((tokens, tile),) for tile in (FEW if tokens <= 16 else MANY)]
+        chosen = fastest(partial(multiply, tokens), [replace(best, nf4=nf4) for nf4 in ((), *fused)]).nf4
+        if not chosen:  # it is faster to dequantise first, and with more tokens the more so
+            break
+        rows += chosen
+    best = replace(best, nf4=rows)
     return fastest(update, [best, *(replace(best, lora_fused=True, lora=tile) for tile in LORA)])
+
+
+def both_ways(x: torch.Tensor, grad: torch.Tensor, weight: Any) -> None:
+    """The products with a weight that training asks for."""
+    nf4_linear.product(x, weight)
+    nf4_linear.transposed_product(grad, weight)
 
 
 def fastest(use: Use, candidates: Iterable[Tiles]) -> Tiles:
@@ -95,6 +106,12 @@ def timed(chosen: Tiles, call: Callable[..., Any], inputs: list[Any]) -> float:
     finally:
         for room in rooms:
             room.tiles_for = tiles.tiles_for
+
+
+def as_json(found: Tiles) -> dict[str, Any]:
+    """The table as it stands in the file: a tile is its numbers in order."""
+    nf4 = [[most, list(astuple(tile))] for most, tile in found.nf4]
+    return {**asdict(found), "nf4": nf4, "lora": list(astuple(found.lora))}
 
 
 if __name__ == "__main__":

@@ -12,29 +12,34 @@ def command() -> None:
 
 @command.command("kernels")
 @click.option("--shapes", type=click.Choice(["8B", "70B"]), multiple=True, default=["8B", "70B"], show_default=True)
-@click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="Tokens of a micro-batch.")
-@click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of the updates.")
+@click.option("--tokens", type=click.IntRange(1), multiple=True, default=[4096], show_default=True, help="Of a step.")
+@click.option("--rank", type=click.IntRange(1), multiple=True, default=[16], show_default=True, help="Of the updates.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def kernels(shapes: tuple[str, ...], tokens: int, rank: int, as_json: bool) -> None:
-    """Each kernel against torch, torch.compile, bitsandbytes and, if installed, liger-kernel."""
+def kernels(shapes: tuple[str, ...], tokens: tuple[int, ...], rank: tuple[int, ...], as_json: bool) -> None:
+    """Each kernel against torch, torch.compile, bitsandbytes, and peft, liger-kernel and Unsloth where installed.
+
+    Give --shapes, --tokens and --rank several times to time all combinations.
+    """
     from dataclasses import replace
+    from itertools import product
 
     import torch
 
     from effitrain.core.errors import InputError
     from effitrain.evals import bench_kernels as room
+    from effitrain.evals.bench_cases import LLAMA_8B, LLAMA_70B
 
     if not torch.cuda.is_available():
         raise InputError("There is no CUDA card here to time kernels on.", next_step="effitrain doctor says what is.")
     timings = []
-    for name in shapes:
-        sizes = replace({"8B": room.LLAMA_8B, "70B": room.LLAMA_70B}[name], tokens=tokens, rank=rank)
+    for name, count, r in product(shapes, tokens, rank):
+        sizes = replace({"8B": LLAMA_8B, "70B": LLAMA_70B}[name], tokens=count, rank=r)
         for timing in room.bench(sizes, torch.device("cuda"), torch.bfloat16):
             timings.append(timing)
             if not as_json:
                 click.echo(room.line(timing))
     if as_json:
-        about = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "timings": room.as_json(timings)}
+        about = {"card": torch.cuda.get_device_name(), **room.versions(), "timings": room.as_json(timings)}
         click.echo(json.dumps(about, indent=2))
 
 
@@ -46,10 +51,11 @@ def kernels(shapes: tuple[str, ...], tokens: int, rank: int, as_json: bool) -> N
 @click.option("--steps", type=click.IntRange(1), default=8, show_default=True, help="Steps that count, after two.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def step(model: str, rows: int, length: int, rank: int, steps: int, as_json: bool) -> None:
-    """A step over synthetic NF4 weights: ours, ours without kernels, and transformers + peft + bitsandbytes."""
+    """A step over synthetic NF4 weights: ours, without kernels, transformers + peft + bitsandbytes, and Unsloth."""
     import torch
 
     from effitrain.core.units import format_bytes
+    from effitrain.evals.bench_kernels import versions
     from effitrain.evals.bench_step import in_processes
 
     where = "cuda bf16" if torch.cuda.is_available() else "cpu fp32"
@@ -62,8 +68,8 @@ def step(model: str, rows: int, length: int, rank: int, steps: int, as_json: boo
             click.echo(f"{result['contender']}: failed. {result['failed']}")
             continue
         speed, peak = result["tokens_per_second"], format_bytes(result["peak_bytes"])
-        click.echo(
-            f"{result['contender']:36} {speed:10.0f} tokens/s, peak {peak}, first loss {result['losses'][0]:.4f}"
-        )
+        loss = f"first loss {result['losses'][0]:.4f}{'' if result['same_loss'] else ', NOT THE SAME'}"
+        click.echo(f"{result['contender']:36} {speed:10.0f} tokens/s, peak {peak}, {loss}")
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        click.echo(json.dumps({"card": card, **versions(), "contenders": results}, indent=2))

@@ -1,17 +1,20 @@
-"""A whole training step, in this package with and without its kernels and in transformers with peft and bitsandbytes.
+"""A whole training step: ours with and without kernels, transformers with peft and bitsandbytes, Unsloth where it is.
 
-All three train LoRA on every linear of the decoder over the same synthetic NF4 weights and the same tokens, with layers
+All train LoRA on every linear of the decoder over the same synthetic NF4 weights and the same tokens, with layers
 recomputed. A contender is measured in a process of its own, so that its peak is its own.
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +23,17 @@ from torch import Tensor, nn
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
 from effitrain.data.batches import MicroBatch
+from effitrain.evals import peers
+from effitrain.evals.peers import UNSLOTH, stock_linear, write_checkpoint
 from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
 from effitrain.model.decoder import build
 from effitrain.model.load import DTYPES, Base, fill, find_base
 from effitrain.train.loop import accumulate
 
-CONTENDERS = ("effitrain", "effitrain without kernels", "transformers + peft + bitsandbytes")
+CONTENDERS = ("effitrain", "effitrain without kernels", "transformers + peft + bitsandbytes", UNSLOTH)
 WARM_UP = 2
+SAME = 0.01  # of the first loss, from equal weights: rounding to bf16 in another order changes some 1e-3 of it
+Step = tuple[Callable[[], float], list[nn.Parameter]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Work:
 def measure(contender: str, work: Work) -> dict[str, Any]:
     """Tokens a second, bytes at the peak and the loss of each step."""
     torch.manual_seed(0)
-    step, parameters = (_stock if contender == CONTENDERS[2] else _ours)(work)
+    step, parameters = {CONTENDERS[2]: _stock, UNSLOTH: _unsloth}.get(contender, _ours)(work)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     seconds, losses = [], []
     for number in range(WARM_UP + work.steps):
@@ -80,12 +87,17 @@ def measure(contender: str, work: Work) -> dict[str, Any]:
 def in_processes(model: str, sizes: Sequence[int], where: str) -> Iterator[dict[str, Any]]:
     """What ``measure`` says of each contender, each in a process of its own; one that fails says why.
 
+    ``same_loss`` of the others: whether their first loss is the first contender's.
+
     Args:
         model: whose shape is taken.
         sizes: rows, length, rank and steps.
         where: device and dtype, such as ``cuda bf16``.
     """
+    first = None
     for contender in CONTENDERS:
+        if contender == UNSLOTH and not peers.installed("unsloth"):
+            continue
         off = {"EFFITRAIN_KERNELS_OFF": "all"} if contender == CONTENDERS[1] else {}
         arguments = [contender, model, *map(str, sizes), *where.split()]
         done = subprocess.run(
@@ -94,19 +106,25 @@ def in_processes(model: str, sizes: Sequence[int], where: str) -> Iterator[dict[
             capture_output=True,
             text=True,
         )
-        said = done.stdout.splitlines()
-        yield json.loads(said[-1]) if not done.returncode else {"contender": contender, "failed": done.stderr[-1000:]}
+        if done.returncode:
+            yield {"contender": contender, "failed": done.stderr[-1000:]}
+            continue
+        result = json.loads(done.stdout.splitlines()[-1])
+        first = result["losses"][0] if first is None else first
+        yield {**result, "same_loss": math.isclose(result["losses"][0], first, rel_tol=SAME)}
 
 
 def main(contender: str, model: str, *arguments: str) -> None:
     """One contender in this process; the result is the last line."""
+    if contender == UNSLOTH:  # before what it changes
+        peers.import_unsloth()
     *sizes, device, dtype = arguments
     rows, length, rank, steps = map(int, sizes)
     base = find_base(model, "synthetic")
     print(json.dumps(measure(contender, Work(base, rows, length, rank, steps, torch.device(device), DTYPES[dtype]))))
 
 
-def _ours(work: Work) -> tuple[Callable[[], float], list[nn.Parameter]]:
+def _ours(work: Work) -> Step:
     spec = work.base.spec
     decoder = build(spec, work.base.source.config, spec.name)
     fill(decoder, work.weights, "nf4", work.dtype, work.device, host_embedding=True)
@@ -122,7 +140,7 @@ def _ours(work: Work) -> tuple[Callable[[], float], list[nn.Parameter]]:
     return lambda: accumulate(decoder, [batch], Clock(0), parameters), parameters
 
 
-def _stock(work: Work) -> tuple[Callable[[], float], list[nn.Parameter]]:
+def _stock(work: Work) -> Step:
     import peft
     import transformers
 
@@ -133,37 +151,55 @@ def _stock(work: Work) -> tuple[Callable[[], float], list[nn.Parameter]]:
         _set(model, name, work)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(work.device)
     model.tie_weights()
-    targets = sorted({name.split(".")[-1] for name, m in model.named_modules() if name.endswith("_proj")})
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=work.rank, lora_alpha=2 * work.rank, target_modules=targets))
+    lora = peft.LoraConfig(r=work.rank, lora_alpha=2 * work.rank, target_modules=_targets(model))
+    adapted: Any = peft.get_peft_model(model, lora)
     adapted.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
+    return _transformers_step(adapted, work)
+
+
+def _unsloth(work: Work) -> Step:
+    """By the two calls of its manual, from a checkpoint in NF4."""
+    fast = peers.import_unsloth().FastLanguageModel
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), work.weights, work.base.source.config, work.dtype)
+        model, _ = fast.from_pretrained(folder, max_seq_length=work.length, dtype=work.dtype, load_in_4bit=True)
+    adapted = fast.get_peft_model(
+        model,
+        r=work.rank,
+        lora_alpha=2 * work.rank,
+        target_modules=_targets(model),
+        use_gradient_checkpointing="unsloth",
+    )
+    return _transformers_step(adapted, work)
+
+
+def _targets(model: nn.Module) -> list[str]:
+    """Names of the decoder's linears."""
+    return sorted({name.split(".")[-1] for name, _ in model.named_modules() if name.endswith("_proj")})
+
+
+def _transformers_step(model: Any, work: Work) -> Step:
+    """A step of transformers' causal language model."""
     tokens = work.tokens.to(work.device)
 
     def step() -> float:
-        loss = adapted(input_ids=tokens, labels=tokens).loss
+        loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         return loss.item()
 
-    return step, [p for p in adapted.parameters() if p.requires_grad]
+    return step, [p for p in model.parameters() if p.requires_grad]
 
 
 def _set(model: nn.Module, name: str, work: Work) -> None:
     """Put one synthetic tensor in its place; a quantised one in bitsandbytes' linear."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
     path, _, leaf = name.rpartition(".")
     module: Any = model.get_submodule(path)
     if not work.weights.is_nf4(name):
         setattr(module, leaf, nn.Parameter(work.weights.read(name, work.device), requires_grad=False))
         return
-    stored = work.weights.read_nf4(name, work.device).to_state("weight", work.dtype)
-    linear = Linear4bit(
-        module.in_features, module.out_features, module.bias is not None, work.dtype, quant_type="nf4", device="meta"
-    )
-    linear.weight = Params4bit.from_prequantized(stored.pop("weight"), stored, requires_grad=False, device=work.device)
-    linear.bias = module.bias
-    model.set_submodule(path, linear)
+    model.set_submodule(path, stock_linear(work.weights.read_nf4(name, work.device), work.dtype, module.bias))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ times. Outputs and gradients at ragged shapes; the reference computes in float32
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from effitrain.kernels import (
 )
 from effitrain.kernels.backend import usable
 from effitrain.kernels.lora_linear import Linear, LowRank
+from effitrain.kernels.tiles import tiles_for
 from effitrain.quant.linear import FrozenLinear
 
 # Share of the largest value of a result: sums of up to 512 products in another order, and for halves the rounding of
@@ -84,9 +86,13 @@ def _nf4_dequantize(make: Maker) -> Results:
 
 def _nf4_linear(make: Maker) -> Results:
     weight = make.linear(FFN, HIDDEN).base.weight  # type: ignore[attr-defined]
-    few, many = make.randn(3, HIDDEN, trained=True), make.randn(TOKENS, HIDDEN, trained=True)
-    results = [_both(nf4_linear.nf4_linear, nf4_linear.reference, [x], weight) for x in (few, many)]
-    return [*results[0][0], *results[1][0]], [*results[0][1], *results[1][1]]
+    fused = [most for most, _ in tiles_for(make.device).nf4]  # each range of tokens has a tile of its own
+    results = [
+        _both(nf4_linear.nf4_linear, nf4_linear.reference, [make.randn(tokens, HIDDEN, trained=True)], weight)
+        for tokens in (1, *(most - 3 for most in fused), max(fused, default=0) + 13)
+    ]
+    found, wanted = zip(*results, strict=True)
+    return [*chain(*found)], [*chain(*wanted)]
 
 
 def _lora_linear(make: Maker) -> Results:

@@ -54,12 +54,11 @@ class FrozenLinear(nn.Module):
 
     def transposed_product(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
         """``grad`` [..., out] times the weight itself, [..., in]; added to ``into`` [M, in] if given."""
-        if into is not None:
-            return into.addmm_(grad, self.dense(grad.dtype))
         weight = self.weight
         if isinstance(weight, NF4Tensor) and nf4_linear.fused(grad, weight):
-            return nf4_linear.transposed_product(grad, weight)
-        return grad @ self.dense(grad.dtype)
+            return nf4_linear.transposed_product(grad, weight, into)
+        dense = self.dense(grad.dtype)
+        return grad @ dense if into is None else into.addmm_(grad, dense)
 
     @contextmanager
     def value_unused(self) -> Iterator[None]:

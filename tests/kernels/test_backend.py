@@ -87,4 +87,7 @@ def test_the_default_tiles_serve_an_unknown_card():
     assert all(isinstance(t, Tiles) for t in tables.values())
     assert tiles_for(torch.device("cpu")) == tables["default"]
     for tiles in tables.values():
-        assert tiles.nf4.k == 64 and min(tiles.nf4.m, tiles.lora.m) >= 16
+        assert all(tile.k % 64 == 0 for _, tile in tiles.nf4) and [n for n, _ in tiles.nf4] == sorted(
+            {n for n, _ in tiles.nf4}
+        )
+        assert min(tile.m for tile in (tiles.lora, *(tile for _, tile in tiles.nf4))) >= 16

@@ -1,12 +1,16 @@
 """Every kernel on a card: against its reference at ragged shapes, NF4 bit for bit, and twice the same bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from effitrain.evals.kernels import CHECKS, TOLERANCES, Maker, error_of
 from effitrain.kernels import lora_linear as room
+from effitrain.kernels import nf4_linear
 from effitrain.kernels.backend import capability
 from effitrain.kernels.nf4_dequantize import nf4_dequantize, reference
+from effitrain.kernels.tiles import Tile, tiles_for
 from effitrain.quant.nf4 import quantize
 
 pytestmark = [
@@ -14,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
 ]
 CUDA = torch.device("cuda")
+HALVES = (torch.float16, torch.bfloat16)  # what our own products take on a card
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +56,7 @@ def test_nf4_is_bitsandbytes_bit_for_bit(shape, dtype):
     assert torch.equal(reference(weight, dtype), stock)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("rows", "out", "inp", "rank"), [(17, 100, 72, 5), (300, 512, 1024, 16), (1000, 640, 256, 128)]
 )
@@ -65,3 +70,16 @@ def test_our_own_product(dtype, rows, out, inp, rank, transposed):
     wanted = x.double() @ weight.double() + 0.5 * z.double() @ up.double() + total.double()
     found = room.fused_product(x, weight, z, up, 0.5, into=total)
     assert (found.double() - wanted).abs().max() <= TOLERANCES[dtype] * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tile", [Tile(16, 32, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)])
+@pytest.mark.parametrize(("rows", "out", "inp"), [(1, 48, 64), (70, 304, 1024), (1000, 640, 192)])
+def test_nf4_product_at_every_tile(monkeypatch, dtype, tile, rows, out, inp):
+    monkeypatch.setattr(nf4_linear, "tiles_for", lambda device: replace(tiles_for(device), nf4=((4096, tile),)))
+    weight = quantize(torch.randn(out, inp, device=CUDA))
+    x, grad, total = (torch.randn(rows, n, device=CUDA).to(dtype) for n in (inp, out, inp))
+    dense, wanted = reference(weight, dtype).double(), total.double()
+    found = nf4_linear.product(x, weight), nf4_linear.transposed_product(grad, weight, total)
+    for value, want in zip(found, (x.double() @ dense.T, wanted + grad.double() @ dense), strict=True):
+        assert (value.double() - want).abs().max() <= TOLERANCES[dtype] * want.abs().max()

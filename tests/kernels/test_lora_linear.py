@@ -19,7 +19,7 @@ interpreter = pytest.mark.interpreter
 def fused(request, monkeypatch):
     """Both ways to add the update, the fused one in small tiles."""
     tiles = replace(tiles_for(torch.device("cpu")), lora_fused=request.param, lora=Tile(16, 32, 32, 4, 2))
-    monkeypatch.setattr(room, "tiles_for", lambda device: replace(tiles, nf4_fused_tokens=0))
+    monkeypatch.setattr(room, "tiles_for", lambda device: replace(tiles, nf4=()))
     monkeypatch.setattr(room, "WIDTHS", 1)  # odd widths too: what is beyond an edge must not count
     return request.param
 
@@ -60,7 +60,8 @@ def test_the_fused_product_is_taken(lora, fused, monkeypatch):
     ("tokens", "rank", "out", "inp"), [(4, 4, 32, 64), (9, 129, 32, 64), (9, 4, 33, 64), (9, 4, 32, 70)]
 )
 def test_few_tokens_high_ranks_and_odd_widths_are_left_to_cublas(lora, monkeypatch, tokens, rank, out, inp):
-    tiles = replace(tiles_for(torch.device("cpu")), lora_fused=True, nf4_fused_tokens=4)
+    tiles = replace(tiles_for(torch.device("cpu")), lora_fused=True)
+    tiles = replace(tiles, nf4=((4, Tile(16, 64, 64, 4, 3)),))
     monkeypatch.setattr(room, "tiles_for", lambda device: tiles)
     monkeypatch.setattr(room, "fused_product", None)
     x = torch.randn(tokens, inp, requires_grad=True)

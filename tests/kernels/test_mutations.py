@@ -25,6 +25,9 @@ nf4_dequantize: missing offset
 nf4_dequantize: halves swapped
 - nf4_value(byte >> 4) * scale, nf4_value(byte & 15)
 + nf4_value(byte & 15) * scale, nf4_value(byte >> 4)
+nf4_dequantize: missed last byte
+- mask=at < size
++ mask=at < size - 1
 nf4_dequantize: store beyond the end
 - mask=out < count)
 + mask=out < count + 64)
@@ -34,18 +37,27 @@ nf4_dequantize: none: the same float32
 nf4_dequantize: wrong constant
 - -0.5250730514526367
 + -0.5250731514526367
-nf4_linear: columns shifted
-- even = tl.load(at, mask=m[:, None] < M
-+ even = tl.load(at + 1, mask=m[:, None] < M
 nf4_linear: missed tail of K
 - for start in range(0, K, BK):
-+ for start in range(0, K - BK, BK):
-nf4_linear: columns swapped
-- tl.interleave(even, odd)
-+ tl.interleave(odd, even)
++ for start in range(0, K - BK + 1, BK):
+nf4_linear: read beyond the end of a row
+- mask=k[None, :] < K - start
++ mask=k[None, :] < K
 nf4_linear: wrong column
-- block = k.to(tl.int64) * (N // 64) + column
-+ block = k.to(tl.int64) * (N // 64)
+- + column // 64 + tl.arange
++ + tl.arange
+nf4_linear: the other way round
+- (width // 64) + column
++ (width // 64 + 1) + column
+nf4_linear: buffer overwritten
+- if ADD:
++ if False:
+nf4_linear: bias left out
+- if BIAS:
++ if False:
+nf4_linear: groups beyond the end
+- rows = min(tl.cdiv(M, BM) - group * GROUP, GROUP)
++ rows = GROUP
 lora_linear: scale left out
 - total += scale * multiply(z, b
 + total += multiply(z, b
@@ -61,12 +73,15 @@ lora_linear: transposed gradient of mid
 lora_linear: backward without dropout
 - return dropout(dlow @ down, update.dropout, update.seed, into=total)
 + return total.add_(dlow @ down)
-lora_linear: groups beyond the end
-- rows = min(tl.cdiv(M, BM) - group * GROUP, GROUP)
-+ rows = GROUP
 lora_linear: buffer overwritten
 - total += tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
 + total += 0.0
+lora_linear: input kept where A is frozen
+- flat if any(ctx.needs_input_grad[2::3]) else None
++ flat
+lora_qkv: keys for values
+- lora_linears(x, (query, key, value))
++ lora_linears(x, (query, key, key))
 lora_mlp: a share of dh missing
 - h = dh = input_gradient(grad, dlow, ctx.linears[2])
 + h = dh = input_gradient(grad, None, ctx.linears[2])

@@ -1,6 +1,7 @@
 """The GPU suite rehearsed on a CPU: its runs and what it makes of them, on the built-in model's shape."""
 
 import importlib.util
+import json
 import sys
 import time
 from dataclasses import replace
@@ -82,3 +83,29 @@ def test_every_setting_names_what_a_plan_can_make_of_it(suite):
     for setting in (*suite.FIRST, *suite.THEN):
         assert setting.tokens % setting.max_seq_len == 0 and setting.model in suite.GUESS
         make_recipe({"recompute": setting.recompute, "fit": setting.fit})
+
+
+@pytest.mark.parametrize(
+    ("step", "code"),
+    [
+        ([{"contender": "effitrain"}, {"contender": "transformers + peft + bitsandbytes", "failed": "no peft"}], 0),
+        ([{"contender": "effitrain without kernels", "failed": "out of memory"}], 1),
+    ],
+)
+def test_every_part_is_asked_for_and_one_that_fails_is_told(suite, monkeypatch, tmp_path, step, code):
+    """The frame of the suite, its parts replaced; that another library fails is no failure of ours."""
+    asked = []
+
+    def answer(arguments, work, needed, left):
+        asked.append(" ".join(arguments[-4:]))
+        return {"contenders": step} if "step" in arguments else {"equal": True}
+
+    monkeypatch.setattr(suite, "machine", dict)
+    monkeypatch.setattr(suite, "tests", lambda work, seconds: {"passed": 1})
+    monkeypatch.setattr(suite, "attempt", lambda setting, work, deadline, before: {"seconds": 1.0})
+    monkeypatch.setattr(suite, "write_words", lambda work: None)
+    monkeypatch.setattr(suite, "answer", answer)
+    assert suite.suite(tmp_path / "out.json", time.monotonic() + 600, 600) == code
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["runs"]) == len(suite.FIRST) + len(suite.THEN) and found["step"]["contenders"] == step
+    assert [line.split()[-1] for line in asked] == [str(SCRIPT.with_name("gpu_compare.py")), "8B", "--json"]
