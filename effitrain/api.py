@@ -242,8 +242,9 @@ def _check_starting_points(recipe: Recipe, base: Base) -> None:
             next_step="Name the original 16-bit model with --model.",
         )
     if recipe.init_adapter:
-        spec = base.spec if recipe.prune_ratio is None else small_spec(base.spec, recipe)
-        check_fits(spec, read_adapter(adapter_folder(recipe.init_adapter)))
+        bundle = read_adapter(adapter_folder(recipe.init_adapter))
+        if recipe.prune_ranking == "local":  # else the scores decide what fits
+            check_fits(base.spec if recipe.prune_ratio is None else small_spec(base.spec, recipe), bundle)
     if recipe.resume not in ("auto", "never"):
         check_checkpoint(Path(recipe.resume))
 

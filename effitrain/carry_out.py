@@ -82,6 +82,8 @@ def _carry_out(
     cap(device, the_plan)
     small = _make_small(recipe, base, data, device, folder, events) if pruning == "loram" else None
     trained_on, adapter = (small.base, "adapter-small") if small else (base, "adapter")
+    if small:
+        events.note("Training on the small model: losses by step are its own.")
     trained = _train(recipe, the_plan, budget, meter, folder, trained_on, data, events, adapter)
     pruned, points = None, trained.points
     if small:
@@ -135,7 +137,9 @@ def _train(
 
     checkpoint_folder = folder.path / "checkpoints"
     state = resume(recipe, checkpoint_folder, job, events.note)
-    scores = Scores(job.decoder, evaluated, folder, state, events.evaluated)
+    whose = "of the small model " if adapter == "adapter-small" else ""
+    told = lambda when, evaluation: events.evaluated(whose + when, evaluation)  # noqa: E731
+    scores = Scores(job.decoder, evaluated, folder, state, told)
     if not scores.points:
         scores.add("before")
     every = recipe.save_every or max(1, job.course.steps // 10)

@@ -72,7 +72,7 @@ class Aligner:
             ahead, behind = self.full.start(batches), self.small.start(batches)
         for index, layer_spec in enumerate(self.small.decoder.spec.layers):
             with torch.no_grad(), self.full.layer(index) as layer:
-                targets = [_states(self.full, layer, one) for one in ahead]
+                targets = [states_of(self.full, layer, one) for one in ahead]
             solved = {}
             with torch.no_grad(), self.small.layer(index) as layer:
                 for linear in layer_spec.linears:
@@ -95,7 +95,7 @@ class Aligner:
         for one, target in zip(behind, targets, strict=True):
             inputs: list[Tensor] = []
             handle = layer.get_submodule(linear.name).register_forward_hook(_keep_input(inputs))
-            states = _states(self.small, layer, one)
+            states = states_of(self.small, layer, one)
             handle.remove()
             problem.add(inputs[0][0], (target[place] - states[place])[0], target[place][0])
         change, before, after = problem.solve(RIDGE)
@@ -142,7 +142,7 @@ class LeastSquares:
 _ATTENTION, _MLP = "self_attn", "mlp"
 
 
-def _states(walk: Walk, layer: nn.Module, one: Passing) -> dict[str, Tensor]:
+def states_of(walk: Walk, layer: nn.Module, one: Passing) -> dict[str, Tensor]:
     """Hidden states [1, N, H] behind a layer's attention and behind its MLP, on the host."""
     attended: list[Tensor] = []
     handle = layer.get_submodule("self_attn.o_proj").register_forward_hook(

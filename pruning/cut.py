@@ -1,6 +1,6 @@
 """A small model as a view of a large one: every tensor a selection of rows and columns, read when it is asked for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +15,9 @@ from effitrain.core.spec import LinearSpec, ModelSpec, pruned_config
 from effitrain.io.atomic import atomic_folder, write_json
 from effitrain.io.keep import KEEP, write_keep
 from effitrain.io.model_folder import copy_companions
-from effitrain.io.nf4 import NF4Tensor
+from effitrain.io.nf4 import QUANTISATION, NF4Tensor, state_layout
 from effitrain.io.writer import write_shards
-from effitrain.quant.read import Weights
+from effitrain.quant.read import Weights, read_dense
 
 FACTS = "prune.json"
 
@@ -48,6 +48,7 @@ class CutWeights:
         spec: their shape.
         keep: what survives.
         edit: changes a cut tensor, given its name, such as an ``Aligner``; shape and dtype stay.
+        biases: paths of linears that get a bias, zero before it is edited, if they have none.
         trusted: files may hold NaN.
     """
 
@@ -57,6 +58,7 @@ class CutWeights:
     spec: ModelSpec
     keep: KeepMap
     edit: Callable[[str, Tensor], Tensor] = _unchanged
+    biases: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.keep.check(self.spec)
@@ -76,20 +78,33 @@ class CutWeights:
             for linear in layer.linears
         }
 
+    @cached_property
+    def _added(self) -> Mapping[str, str]:
+        """New biases, and the weights that they stand beside."""
+        names = {f"{path}.bias": f"{path}.weight" for path in self.biases}
+        return {name: weight for name, weight in names.items() if not self.source.has(name)}
+
+    @cached_property
+    def small_spec(self) -> ModelSpec:
+        """The shape of what is left."""
+        return self.spec.resized(self.keep.widths).with_biases(self.biases)
+
     def names(self) -> list[str]:
         """Every weight, the layers' in the order of layers."""
-        return sorted(self.source.names(), key=_layer_of)
+        return sorted([*self.source.names(), *self._added], key=_layer_of)
 
     def has(self, name: str) -> bool:
         """Whether there is such a weight."""
-        return self.source.has(name)
+        return name in self._added or self.source.has(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of the weight."""
-        return self.source.dtype(name)
+        return self.source.dtype(self._added.get(name, name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the weight after cutting."""
+        if name in self._added:
+            return self.shape(self._added[name])[:1]
         whole, kept = self.source.shape(name), self._kept(name)
         return tuple(size if i is None else len(i) for size, i in zip(whole, kept or [None] * len(whole), strict=True))
 
@@ -103,6 +118,8 @@ class CutWeights:
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One weight: the kept rows and columns, bit by bit as they are unless they are edited."""
+        if name in self._added:
+            return self.edit(name, torch.zeros(self.shape(name), dtype=self.dtype(name))).to(device)
         tensor = self.source.read(name)
         for dim, indices in enumerate(self._kept(name)):
             if indices is not None:
@@ -113,6 +130,10 @@ class CutWeights:
         """That of the source: it is what an adapter of the full-size model belongs to."""
         return self.source.fingerprint()
 
+    def is_matrix(self, name: str) -> bool:
+        """Whether it is the matrix of a decoder linear."""
+        return name.removesuffix(".weight") in self._linears
+
     def _kept(self, name: str) -> tuple[list[int] | None, ...]:
         """Kept indices by dimension; empty for what is not cut."""
         path, _, kind = name.rpartition(".")
@@ -121,6 +142,45 @@ class CutWeights:
         layer, linear = self._linears[path]
         rows = self.keep.indices(layer, linear.out_axis)
         return (rows,) if kind == "bias" else (rows, self.keep.indices(layer, linear.in_axis))
+
+
+class InNF4:
+    """The tensors that stand for ``weights`` in a checkpoint in NF4; the parts of a matrix are asked for one after the
+    other.
+    """
+
+    def __init__(self, weights: CutWeights, quantize: Callable[[Tensor], NF4Tensor]):
+        self.weights, self.quantize = weights, quantize
+        matrices = [name for name in weights.names() if weights.is_matrix(name)]
+        self._parts = {part: name for name in matrices for part in state_layout(name, weights.shape(name))}
+        self._at_hand: tuple[str, Mapping[str, Tensor]] = ("", {})
+
+    def names(self) -> list[str]:
+        """Every stored tensor, in the order of layers."""
+        plain = [name for name in self.weights.names() if not self.weights.is_matrix(name)]
+        return sorted([*plain, *self._parts], key=_layer_of)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of the stored tensor."""
+        return self._layout(name)[0] if name in self._parts else self.weights.dtype(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape."""
+        return self._layout(name)[1] if name in self._parts else self.weights.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        """The stored tensor."""
+        if name not in self._parts:
+            return self.weights.read(name)
+        matrix = self._parts[name]
+        if self._at_hand[0] != matrix:
+            full = read_dense(self.weights, matrix, self.weights.shape(matrix), self.weights.dtype(matrix))
+            self._at_hand = matrix, self.quantize(full).to_state(matrix, full.dtype)
+        return self._at_hand[1][name]
+
+    def _layout(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        matrix = self._parts[name]
+        return state_layout(matrix, self.weights.shape(matrix))[name]
 
 
 def _layer_of(name: str) -> int:
@@ -135,8 +195,11 @@ def write_cut(
     source: Path | None,
     facts: Callable[[], Mapping[str, Any]] = dict,
     progress: Callable[[str], None] = lambda name: None,
+    quantize: Callable[[Tensor], NF4Tensor] | None = None,
 ) -> None:
     """Write a small model as a folder, complete or not at all, one tensor in memory at a time.
+
+    Quantised, it is what transformers with bitsandbytes saves: no 16-bit copy of it is ever on the disk.
 
     Args:
         target: the new folder: config.json, safetensors, keep.safetensors, and the tokenizer of ``source``.
@@ -145,17 +208,25 @@ def write_cut(
         source: the folder of the full-size model; None for synthetic weights.
         facts: asked at the end for what to write down in prune.json.
         progress: told each tensor's name.
+        quantize: makes NF4 of the matrices of decoder linears; None leaves them as they are.
+
+    Raises:
+        InputError: a matrix to quantise holds NaN or infinity.
     """
+    config = pruned_config(config, weights.small_spec)
+    stored = InNF4(weights, quantize) if quantize else weights
+    if quantize:
+        config["quantization_config"] = QUANTISATION
 
     def read(name: str) -> Tensor:
         progress(name)
-        return weights.read(name)
+        return stored.read(name)
 
-    layout = {name: (weights.dtype(name), weights.shape(name)) for name in weights.names()}
+    layout = {name: (stored.dtype(name), stored.shape(name)) for name in stored.names()}
     with atomic_folder(target) as tmp:
         if source:
             copy_companions(source, tmp)
         write_shards(tmp, layout, read)
-        write_json(tmp / "config.json", pruned_config(config, weights.spec.resized(weights.keep.widths)))
+        write_json(tmp / "config.json", config)
         write_keep(tmp / KEEP, weights.keep)
         write_json(tmp / FACTS, facts())

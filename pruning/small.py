@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from effitrain.core.cut import small_spec
+from effitrain.core.cut import default_multiple, small_spec
 from effitrain.core.errors import InputError
-from effitrain.core.keep import KeepMap
+from effitrain.core.keep import KeepMap, LayerKeep
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import Axis, ModelSpec, pruned_config
 from effitrain.data.cache import default_cache_dir
@@ -23,14 +23,16 @@ from effitrain.model.decoder import build
 from effitrain.model.load import Base, find_base
 from effitrain.model.walk import Walk
 from effitrain.pruning.align import Aligner, Fit
+from effitrain.pruning.bias import Biases
 from effitrain.pruning.calibration import Calibration
 from effitrain.pruning.cut import FACTS, CutWeights, Source, write_cut
 from effitrain.pruning.groups import check_family
 from effitrain.pruning.score import looked_at, needs, score_layers
-from effitrain.pruning.select import Scores, select
+from effitrain.pruning.select import Scores, select, shared_out
+from effitrain.quant.nf4 import quantize
 from effitrain.quant.read import DTYPES
 
-_CODE_VERSION = 2  # raise it when the same choices would give another small model
+_CODE_VERSION = 3  # raise it when the same choices would give another small model
 
 
 @dataclass(frozen=True)
@@ -72,25 +74,49 @@ def make_small(
     cut = spec.widths != base.spec.widths
     text = (
         calibration()
-        if cut and (needs(recipe.prune_score) in ("inputs", "gradients") or recipe.align == "lsq")
+        if cut and (needs(recipe.prune_score) in ("inputs", "gradients") or recipe.align != "none")
         else None
     )
-    made_of = _made_of(recipe, source.fingerprint(), text)
+    made_of = _made_of(recipe, source.fingerprint(), text, device)
     if target.exists() and any(target.iterdir()):
         return _reuse(target, made_of, tell)
     scores = _scores(base, source, recipe, text, device, tell) if cut else {}
-    keep = KeepMap.of(base.spec, select(base.spec, spec.widths, scores), base.name, source.fingerprint())
-    aligner = None
-    if text and recipe.align == "lsq":
-        full, small = (_walk(base, view, recipe, device) for view in (source, CutWeights(source, base.spec, keep)))
-        aligner = Aligner(full, small, keep, text.batches, lambda fit: tell(_describe(fit)))
-    weights = CutWeights(source, base.spec, keep, aligner) if aligner else CutWeights(source, base.spec, keep)
+    keep = KeepMap.of(base.spec, _select(base.spec, recipe, scores), base.name, source.fingerprint())
+    weights, fits = _aligned(base, CutWeights(source, base.spec, keep), recipe, text, device, tell)
     write_cut(
         target, weights, base.source.config, base.source.folder,
-        lambda: {"made_of": made_of, "alignment": [asdict(fit) for fit in aligner.fits] if aligner else []},
+        lambda: {"made_of": made_of, "alignment": [asdict(fit) for fit in fits]},
+        quantize=(lambda matrix: quantize(matrix.to(device, DTYPES[recipe.dtype]))) if recipe.quant == "nf4" else None,
     )  # fmt: skip
-    tell(f"Pruned: {target}, {spec.params:,} of {base.spec.params:,} parameters.")
+    tell(f"Pruned: {target}, {weights.small_spec.params:,} of {base.spec.params:,} parameters.")
     return open_small(target, base)
+
+
+def _select(spec: ModelSpec, recipe: Recipe, scores: Scores) -> list[LayerKeep]:
+    widths = small_spec(spec, recipe.changed(prune_ranking="local")).widths
+    if recipe.prune_ranking == "global":
+        widths = shared_out(spec, widths, scores, recipe.prune_round or default_multiple(spec.ffn))
+    return select(spec, widths, scores)
+
+
+def _aligned(
+    base: Base,
+    cut: CutWeights,
+    recipe: Recipe,
+    text: Calibration | None,
+    device: torch.device,
+    tell: Callable[[str], None],
+) -> tuple[CutWeights, list[Fit]]:
+    """The cut weights as ``--align`` wants them, and the errors, which are all there when all weights were read."""
+    if text is None or recipe.align == "none":
+        return cut, []
+    full = _walk(base, cut.source, recipe, device)
+    told: Callable[[Fit], None] = lambda fit: tell(_describe(fit))  # noqa: E731
+    if recipe.align == "bias":
+        biases = Biases(full, cut.keep, text.batches, told)
+        return replace(cut, edit=biases, biases=biases.paths), biases.fits
+    aligner = Aligner(full, _walk(base, cut, recipe, device), cut.keep, text.batches, told)
+    return replace(cut, edit=aligner), aligner.fits
 
 
 def open_small(folder: Path, base: Base) -> Small:
@@ -133,9 +159,12 @@ def _synthetic(base: Base, spec: ModelSpec, seed: int) -> Small:
     return Small(replace(base, source=source, spec=spec), keep)
 
 
-def _made_of(recipe: Recipe, fingerprint: str, text: Calibration | None) -> dict[str, Any]:
-    chosen = {"prune_ratio", "prune_parts", "prune_score", "prune_round", "prune_exempt", "align", "dtype"}
-    facts = recipe.model_dump(mode="json", include=chosen)
+def _made_of(recipe: Recipe, fingerprint: str, text: Calibration | None, device: torch.device) -> dict[str, Any]:
+    chosen = {"prune_ratio", "prune_parts", "prune_score", "prune_ranking", "prune_round", "prune_exempt", "align",
+              "quant", "dtype"}  # fmt: skip
+    facts: dict[str, Any] = recipe.model_dump(mode="json", include=chosen)
+    if recipe.quant == "nf4":
+        facts["device"] = device.type  # the two round some weights differently
     seed = recipe.seed if recipe.prune_score == "random" else None
     return {**facts, "seed": seed, "base": fingerprint, "text": text and text.fingerprint, "code": _CODE_VERSION}
 
@@ -156,7 +185,7 @@ def _reuse(target: Path, made_of: Mapping[str, Any], tell: Callable[[str], None]
 
 
 def _walk(base: Base, weights: Any, recipe: Recipe, device: torch.device) -> Walk:
-    spec = base.spec.resized(weights.keep.widths) if isinstance(weights, CutWeights) else base.spec
+    spec = weights.small_spec if isinstance(weights, CutWeights) else base.spec
     return Walk(build(spec, base.source.config, base.name), weights, "none", DTYPES[recipe.dtype], device)
 
 

@@ -8,7 +8,7 @@ from effitrain.cli.flags import DATA_FIELDS, recipe_fields, recipe_flags
 from effitrain.core.recipe import PRUNE_FIELDS
 
 _CHOICES = [field for field in PRUNE_FIELDS if field not in ("small_model", "prune_method")]
-_DATA = [*DATA_FIELDS, "eval_dataset", "eval_fraction", "max_seq_len", "seed", "dtype"]
+_DATA = [*DATA_FIELDS, "eval_dataset", "eval_fraction", "max_seq_len", "seed", "quant", "dtype"]
 
 
 @click.command("prune")

@@ -4,11 +4,12 @@ The ratio is meant for each pruned part of the layers that are not exempt; hidde
 """
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
-from effitrain.core.spec import ModelSpec, Widths
+from effitrain.core.spec import Axis, ModelSpec, Widths
 
 PARTS = ("ffn+kv", "ffn", "kv")
 # LoRAM leaves the first 4 and last 2 of 80 layers whole; other depths in proportion.
@@ -72,12 +73,30 @@ def cut_widths(
 def small_spec(spec: ModelSpec, recipe: Recipe) -> ModelSpec:
     """The shape of the small model that ``recipe`` asks for.
 
+    Where layers compete (``--prune-ranking global``) the scores decide how wide each becomes; this is then the most
+    uneven outcome, of the same sum: as many layers as possible whole, the others as narrow as can be. No other takes
+    more memory.
+
     Raises:
         InputError: it names no ratio, or one that cannot be.
     """
     if recipe.prune_ratio is None:
         raise InputError("--fit prune needs a ratio.", next_step="Try --prune-ratio 0.5.")
-    return cut_spec(spec, recipe.prune_ratio, recipe.prune_parts, recipe.prune_exempt, recipe.prune_round)
+    widths = cut_widths(spec, recipe.prune_ratio, recipe.prune_parts, recipe.prune_exempt, recipe.prune_round)
+    if recipe.prune_ranking == "global":
+        widths = _most_uneven(spec.widths, widths, recipe.prune_round or default_multiple(spec.ffn))
+    small = spec.resized(widths)
+    return small.with_biases(read_pruned(spec, widths)) if recipe.align == "bias" else small
+
+
+def read_pruned(spec: ModelSpec, widths: Sequence[Widths]) -> list[str]:
+    """Paths of the linears that read what is pruned: ``o_proj`` and ``down_proj`` of layers that lose inputs."""
+    return [
+        f"model.layers.{whole.index}.{linear.name}"
+        for whole, small in zip(spec.layers, spec.resized(widths).layers, strict=True)
+        for linear, left in zip(whole.linears, small.linears, strict=True)
+        if linear.out_axis == Axis.MODEL and left.in_features < linear.in_features
+    ]
 
 
 def default_exempt(layers: int) -> tuple[int, int]:
@@ -94,6 +113,23 @@ def _kept_ffn(ffn: int, removed: Fraction, multiple: int | None) -> int:
     kept = ffn - math.ceil(ffn * removed)
     step = default_multiple(ffn) if multiple is None else multiple
     return min(ffn, max(1, round(Fraction(kept, step))) * step) if removed else ffn
+
+
+def _most_uneven(whole: Sequence[Widths], cut: Sequence[Widths], step: int) -> tuple[Widths, ...]:
+    ffn = _piled([w.ffn for w in whole], [w.ffn for w in cut], step)
+    kv_heads = _piled([w.kv_heads for w in whole], [w.kv_heads for w in cut], 1)
+    return tuple(Widths(*pair) for pair in zip(ffn, kv_heads, strict=True))
+
+
+def _piled(whole: Sequence[int], cut: Sequence[int], least: int) -> list[int]:
+    """Sizes of the sum of ``cut``: of those that were cut every one at ``least``, the first ones filled up."""
+    sizes = [size if size == full else min(least, size) for full, size in zip(whole, cut, strict=True)]
+    left = sum(cut) - sum(sizes)
+    for index, full in enumerate(whole):
+        more = min(left, full - sizes[index])
+        sizes[index] += more
+        left -= more
+    return sizes
 
 
 def _kept_kv_heads(spec: ModelSpec, heads: int, removed: Fraction) -> int:

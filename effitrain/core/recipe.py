@@ -192,13 +192,16 @@ class Recipe(BaseModel):
     prune_score: Literal["random", "magnitude", "wanda", "flap", "taylor"] = _flag(
         "wanda", "What decides which channels and heads stay", group="pruning"
     )
+    prune_ranking: Literal["local", "global"] = _flag(
+        "local", "What competes: the channels or heads of one layer, or those of all layers", group="pruning"
+    )
     prune_round: Annotated[int | None, Auto] = _flag(
         None, "Kept FFN channels are a multiple of N; 256 for large models", group="pruning", ge=1
     )
     prune_exempt: Annotated[tuple[int, int] | None, BeforeValidator(_pair), Auto] = _flag(
         None, "First and last layers left whole, e.g. 4,2; in proportion to 80", group="pruning"
     )
-    align: Literal["none", "lsq", "train"] = _flag(
+    align: Literal["none", "lsq", "bias", "train"] = _flag(
         "lsq", "How the small model is brought closer to the full one", group="pruning"
     )
     calib_dataset: str | None = _flag(
@@ -226,7 +229,7 @@ RUNTIME_FIELDS = {"output_dir", "resume", "report_to", "save_every", "keep_check
 
 # Fields that only a run that prunes reads.
 PRUNE_FIELDS = (
-    *("prune_ratio", "prune_parts", "prune_method", "prune_score", "prune_round", "prune_exempt"),
+    *("prune_ratio", "prune_parts", "prune_method", "prune_score", "prune_ranking", "prune_round", "prune_exempt"),
     *("align", "calib_dataset", "small_model"),
 )
 
@@ -290,7 +293,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     if recipe.resident_layers is not None and recipe.fit not in ("auto", "stream", "prune"):
         yield f"--resident-layers is for models that stream, and --fit is {recipe.fit}."
     if recipe.prune_method == "loraprune":
-        for field in ("prune_score", "align", "calib_dataset", "small_model"):
+        for field in ("prune_score", "prune_ranking", "align", "calib_dataset", "small_model"):
             if getattr(recipe, field) != Recipe.model_fields[field].default:
                 yield f"{_flag_name(field)} is for --prune-method loram; loraprune scores by its own gradients."
         if recipe.method != "lora":

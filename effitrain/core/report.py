@@ -71,6 +71,11 @@ class Report:
         """Mean over the training time; 0 before any time has passed."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
+    @property
+    def trained_small(self) -> bool:
+        """Whether training losses are those of a pruned model, whose adapter was recovered for the full one."""
+        return self.prune is not None and self.adapter is not None
+
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""
         return {**asdict(self), "tokens_per_second": self.tokens_per_second, "warnings": list(self.warnings)}

@@ -1,7 +1,7 @@
 """The shape of a model, read from its config.json alone: every linear with the axes its rows and columns lie on."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -165,6 +165,20 @@ class ModelSpec:
         ]
         return replace(self, layers=tuple(layers))
 
+    def with_biases(self, paths: Collection[str]) -> "ModelSpec":
+        """The model with a bias on the linears of these paths, as ``model.layers.3.mlp.down_proj``."""
+        layers = [
+            replace(
+                layer,
+                linears=tuple(
+                    replace(linear, bias=linear.bias or f"model.layers.{layer.index}.{linear.name}" in paths)
+                    for linear in layer.linears
+                ),
+            )
+            for layer in self.layers
+        ]
+        return replace(self, layers=tuple(layers))
+
 
 @dataclass(frozen=True)
 class _Family:
@@ -186,7 +200,7 @@ _FAMILIES = {
     "gemma": _Family(qkv_bias="attention_bias", o_bias="attention_bias", head_dim=256, tied=True),
 }
 HANDLED = "Llama, Mistral, Qwen2, Qwen2.5, Qwen3 and Gemma (first version), dense"
-WIDTHS_KEY = "effitrain_widths"
+WIDTHS_KEY, BIASES_KEY = "effitrain_widths", "effitrain_biases"
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
           "max_position_embeddings")  # fmt: skip
@@ -215,7 +229,8 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
         head=head,
         **sizes,
     )
-    return spec.resized(_widths(config[WIDTHS_KEY], spec)) if WIDTHS_KEY in config else spec
+    spec = spec.resized(_widths(config[WIDTHS_KEY], spec)) if WIDTHS_KEY in config else spec
+    return spec.with_biases(_biases(config[BIASES_KEY], spec)) if BIASES_KEY in config else spec
 
 
 def _widths(value: Any, spec: ModelSpec) -> list[Widths]:
@@ -238,9 +253,22 @@ def _widths(value: Any, spec: ModelSpec) -> list[Widths]:
     return widths
 
 
+def _biases(value: Any, spec: ModelSpec) -> list[str]:
+    """The linears that a pruned model's config.json gives a bias of their own."""
+    paths = {f"model.layers.{layer.index}.{linear.name}" for layer in spec.layers for linear in layer.linears}
+    if not isinstance(value, list) or not paths.issuperset(map(str, value)):
+        raise InputError(
+            f"The {BIASES_KEY} of {spec.name} do not name linears of its {spec.num_layers} layers.",
+            "Its config.json was changed by hand or is of another model.",
+            "Prune the model again.",
+        )
+    return value
+
+
 def pruned_config(config: Mapping[str, Any], small: ModelSpec) -> dict[str, Any]:
     """The config.json of ``small``, cut from the model of ``config``: transformers' own sizes where all layers have the
-    same, else the full ones and a list of widths by layer, which only this project reads.
+    same, else the full ones and a list of widths by layer, which only this project reads. So are biases that the
+    family's linears do not have.
     """
     widths, group = small.widths, small.num_heads // small.num_kv_heads
     sizes: dict[str, Any] = {"head_dim": small.head_dim}  # what hidden_size / heads gives is wrong after pruning
@@ -250,7 +278,17 @@ def pruned_config(config: Mapping[str, Any], small: ModelSpec) -> dict[str, Any]
         sizes["num_attention_heads"] = group * widths[0].kv_heads
     else:
         sizes[WIDTHS_KEY] = {"ffn": [w.ffn for w in widths], "kv_heads": [w.kv_heads for w in widths]}
-    return {**{key: value for key, value in config.items() if key != WIDTHS_KEY}, **sizes}
+    config = {key: value for key, value in config.items() if key not in (WIDTHS_KEY, BIASES_KEY)}
+    own = {linear.name for linear in spec_from_config(config, small.name).layers[0].linears if linear.bias}
+    added = [
+        f"model.layers.{layer.index}.{linear.name}"
+        for layer in small.layers
+        for linear in layer.linears
+        if linear.bias and linear.name not in own
+    ]
+    if added:
+        sizes[BIASES_KEY] = added
+    return {**config, **sizes}
 
 
 def _family(config: Mapping[str, Any], name: str) -> _Family:

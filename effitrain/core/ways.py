@@ -6,7 +6,7 @@ from typing import Literal
 
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.choices import Choice, Weights, best, list_choices
-from effitrain.core.cut import cut_spec, small_spec
+from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
@@ -69,10 +69,7 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> list[Way]:
     prune: list[Way] = []
     asked = recipe.fit == "prune" or recipe.prune_ratio is not None
     if asked or (recipe.fit == "auto" and spec.num_layers > 2):  # of two layers both are exempt
-        cut = {
-            ratio: cut_spec(spec, ratio, recipe.prune_parts, recipe.prune_exempt, recipe.prune_round)
-            for ratio in ratios
-        }
+        cut = {ratio: small_spec(spec, recipe.changed(prune_ratio=ratio)) for ratio in ratios}
         kept: tuple[Weights, ...] = ("resident", "streamed") if can_stream else ("resident",)
         kept = kept if recipe.resident_layers is None else tuple(way for way in kept if way == "streamed")
         prune = [Way("prune", weights, cut[ratio], recipe, budget, ratio) for weights in kept for ratio in ratios]

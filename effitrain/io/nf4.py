@@ -6,6 +6,7 @@ Dettmers et al. 2023, QLoRA, section 3.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,14 @@ from effitrain.kernels.nf4_dequantize import BLOCK, NESTED_BLOCK, dynamic_code, 
 
 STATE = "quant_state.bitsandbytes__nf4"
 COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
+_STATE_BYTES = 320  # of the JSON, filled up with blanks, so that a file can be laid out before its weights are known
+# What config.json says of a checkpoint in this form.
+QUANTISATION = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +108,22 @@ class NF4Tensor:
             f"{name}.quant_map": nf4_code().clone(),
             f"{name}.nested_absmax": self.nested_absmax.cpu(),
             f"{name}.nested_quant_map": dynamic_code().clone(),
-            f"{name}.{STATE}": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+            f"{name}.{STATE}": torch.tensor(list(json.dumps(state).ljust(_STATE_BYTES).encode()), dtype=torch.uint8),
         }
+
+
+def state_layout(name: str, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtypes and shapes of what ``to_state`` gives for a weight of ``shape``."""
+    size = math.prod(shape)
+    blocks = -(-size // BLOCK)
+    return {
+        name: (torch.uint8, (-(-size // 2), 1)),
+        f"{name}.absmax": (torch.uint8, (blocks,)),
+        f"{name}.quant_map": (torch.float32, tuple(nf4_code().shape)),
+        f"{name}.nested_absmax": (torch.float32, (-(-blocks // NESTED_BLOCK),)),
+        f"{name}.nested_quant_map": (torch.float32, tuple(dynamic_code().shape)),
+        f"{name}.{STATE}": (torch.uint8, (_STATE_BYTES,)),
+    }
 
 
 def read_state(name: str, tensor: Tensor) -> dict[str, Any]:

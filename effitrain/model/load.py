@@ -129,8 +129,7 @@ def load_model(
     Raises:
         InputError: the weights are damaged or of another shape, or their store cannot be built.
     """
-    if device.type == "cpu" and base.spec.hidden < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    settle_threads(base.spec, device)
     dtype = DTYPES[recipe.dtype]
     decoder = build(base.spec, base.source.config, base.name)
     host_embedding = device.type == "cuda" and not base.spec.tied
@@ -139,6 +138,14 @@ def load_model(
     weights, source = _streamable(base, recipe, placement, device, stored)
     fill(decoder, weights, recipe.quant, dtype, device, host_embedding, progress, placement.streamed)
     return stream(decoder, source, placement, device, progress)
+
+
+def settle_threads(spec: ModelSpec, device: torch.device) -> None:
+    """One thread for a small model on a CPU, unless OMP_NUM_THREADS says how many. Whoever computes with a model asks
+    first: sums are cut up by threads, so the same stage in another process would else round in another way.
+    """
+    if device.type == "cpu" and spec.hidden < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def _streamable(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from effitrain.data.batches import MicroBatch
 from effitrain.model.decoder import Decoder
-from effitrain.model.load import fill_layer, fill_norm, frozen_linears
+from effitrain.model.load import fill_layer, fill_norm, frozen_linears, settle_threads
 from effitrain.quant.linear import FrozenLinear
 from effitrain.quant.read import Weights, read_dense
 
@@ -42,6 +42,7 @@ class Walk:
     def __init__(self, decoder: Decoder, weights: Weights, quant: str, dtype: torch.dtype, device: torch.device):
         self.decoder, self.weights, self.device = decoder, weights, device
         self.quant, self.dtype = quant, dtype
+        settle_threads(decoder.spec, device)
         fill_norm(decoder, weights, dtype, device)
 
     def start(self, batches: Sequence[MicroBatch]) -> list[Passing]:

@@ -68,7 +68,7 @@ def write_report(
         stream=stream,
     )
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    png = loss_png(metrics, evals)
+    png = loss_png(metrics, evals, report.trained_small)
     write_bytes(folder / "loss.png", png)
     second = timeline_png(timeline) if timeline else None
     write_text(folder / "report.html", render_report(report.to_json(), plan.to_json(), metrics, png, second))

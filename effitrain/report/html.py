@@ -35,7 +35,9 @@ def render_report(
     sections = [
         _headline(report),
         _warnings(report["warnings"]),
-        _section("Loss", _picture("Loss by step", loss_png) + _steps(metrics)),
+        _section(
+            "Loss", _picture("Loss by step", loss_png) + _steps(metrics, bool(report["prune"] and report["adapter"]))
+        ),
         _section("Memory", _memory(report["memory"]) + _ledger(plan["ledger"])),
         _section("Plan", _list(plan.get("reasons", ())) + _pairs(plan.get("settings", {}))),
         _section("Data", _pairs(report["data"])),
@@ -55,6 +57,8 @@ def render_report(
 def _headline(report: Mapping[str, Any]) -> str:
     loss = report["loss"]
     name, before, after = "Evaluation loss", loss["eval_before"], loss["eval_after"]
+    if report["prune"] and report["adapter"]:
+        name = "Evaluation loss of the full model"
     if before is None or after is None:
         name, before, after = "Training loss", loss["first"], loss["last"]
     measured = before is not None and after is not None
@@ -87,7 +91,7 @@ def _picture(alt: str, png: bytes | None) -> str:
     return f'<img alt="{alt}" src="data:image/png;base64,{b64encode(png).decode()}">'
 
 
-def _steps(metrics: Sequence[Mapping[str, Any]]) -> str:
+def _steps(metrics: Sequence[Mapping[str, Any]], small: bool) -> str:
     if not metrics:
         return ""
     count = min(STEP_ROWS, len(metrics))
@@ -100,7 +104,8 @@ def _steps(metrics: Sequence[Mapping[str, Any]]) -> str:
         ]
         for line in chosen
     ]
-    return f"<details><summary>{len(metrics):,} steps</summary>{_table(header, rows)}</details>"
+    of = " of the small model" if small else ""
+    return f"<details><summary>{len(metrics):,} steps{of}</summary>{_table(header, rows)}</details>"
 
 
 def _memory(memory: Mapping[str, int]) -> str:

@@ -12,19 +12,23 @@ SPAN_COLORS = {"compute": "#b8d4f3", "copy": TRAIN, "wait": EVAL}
 SMOOTHED_FROM = 30  # steps: a shorter curve is read as it is
 
 
-def loss_png(metrics: Sequence[Mapping[str, Any]], eval_points: Iterable[tuple[int, float]] = ()) -> bytes:
+def loss_png(
+    metrics: Sequence[Mapping[str, Any]], eval_points: Iterable[tuple[int, float]] = (), small: bool = False
+) -> bytes:
     """Training loss by step, with the evaluation losses, as PNG bytes of 1600 x 800 pixels.
 
     Args:
         metrics: the lines of ``metrics.jsonl``; their ``step`` and ``loss`` are drawn, any number of them.
         eval_points: (step, loss) of each evaluation; step 0 is before training.
+        small: training was on a pruned model and evaluation is of the full one, which the legend then tells.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), dpi=200, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per trained token)")
-    _draw_training(axes, [line["step"] for line in metrics], [line["loss"] for line in metrics])
-    _draw_evaluation(axes, sorted(eval_points))
+    names = ("training of the small model", "evaluation of the full model") if small else ("training", "evaluation")
+    _draw_training(axes, [line["step"] for line in metrics], [line["loss"] for line in metrics], names[0])
+    _draw_evaluation(axes, sorted(eval_points), names[1])
     _plain_style(axes)
     return _png(figure)
 
@@ -69,19 +73,19 @@ def running_mean(values: Sequence[float], decay: float = 0.8) -> list[float]:
     return means
 
 
-def _draw_training(axes: Any, steps: list[int], losses: list[float]) -> None:
+def _draw_training(axes: Any, steps: list[int], losses: list[float], name: str) -> None:
     if len(steps) >= SMOOTHED_FROM:
         axes.plot(steps, losses, color=TRAIN, alpha=0.3, linewidth=1)
-        axes.plot(steps, running_mean(losses), color=TRAIN, linewidth=2, label="training, running mean")
+        axes.plot(steps, running_mean(losses), color=TRAIN, linewidth=2, label=f"{name}, running mean")
     elif steps:
-        axes.plot(steps, losses, color=TRAIN, linewidth=2, marker="o", markersize=4, label="training")
+        axes.plot(steps, losses, color=TRAIN, linewidth=2, marker="o", markersize=4, label=name)
 
 
-def _draw_evaluation(axes: Any, points: list[tuple[int, float]]) -> None:
+def _draw_evaluation(axes: Any, points: list[tuple[int, float]], name: str) -> None:
     if not points:
         return
     steps, losses = zip(*points, strict=True)
-    axes.plot(steps, losses, color=EVAL, linewidth=2, marker="D", markersize=6, clip_on=False, label="evaluation")
+    axes.plot(steps, losses, color=EVAL, linewidth=2, marker="D", markersize=6, clip_on=False, label=name)
     for step, loss in {points[0], points[-1]}:
         axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="center", color=INK)
 
