@@ -30,15 +30,16 @@ RUN = f"""
     --weight-decay --max-grad-norm --optimizer
     --method --lora-r --lora-alpha --lora-dropout --lora-targets --lora-rslora --no-lora-rslora --init-adapter
     --prune-method
-    --prune-ratio --prune-parts --prune-score --prune-round --prune-exempt --align --calib-dataset --small-model
+    --prune-ratio --prune-parts --prune-score --prune-ranking --prune-round --prune-exempt --align --calib-dataset
+    --small-model
 """
-PRUNE = "--prune-ratio --prune-parts --prune-score --prune-round --prune-exempt --align --calib-dataset"
+PRUNE = "--prune-ratio --prune-parts --prune-score --prune-ranking --prune-round --prune-exempt --align --calib-dataset"
 FLAGS = {
     "plan": f"{RUN} --prove --json",
     "run": f"{RUN} --prove --dry-run --json --quiet",
     "eval": f"{ADAPT} {DATA} --json",
     "chat": f"{ADAPT} --template --prompt --max-new-tokens --temperature",
-    "prune": f"{PRUNE} {DATA} --config --model --eval-dataset --eval-fraction --max-seq-len --seed --dtype"
+    "prune": f"{PRUNE} {DATA} --config --model --eval-dataset --eval-fraction --max-seq-len --seed --quant --dtype"
     " --output-dir -o",
     "recover": "--model --output-dir -o --config --adapter --keep",
     "export": "--model --output-dir -o --config --adapter --to",
@@ -145,7 +146,7 @@ TRAINING = {
 FILES = {"output_dir": "elsewhere", "save_every": 4, "keep_checkpoints": 1, "eval_every": 1, "report_to": "wandb"}
 PRUNING = {
     "prune_ratio": 0.25, "prune_parts": "ffn", "prune_score": "magnitude", "prune_round": 32, "prune_exempt": (1, 0),
-    "align": "none", "calib_dataset": "other",
+    "align": "bias", "calib_dataset": "other", "prune_ranking": "global",
 }  # fmt: skip
 REFUSED = {
     "prune_method": "loraprune",
@@ -263,7 +264,7 @@ def test_fields_that_change_where_and_what_is_written(changed, ran, unchanged, m
 def test_fields_that_change_the_small_model(base, changed, tmp_path, field):
     from effitrain import api
 
-    pruned = {"fit": "prune", "prune_ratio": 0.5, "prune_exempt": (0, 0)}
+    pruned = {"fit": "prune", "prune_ratio": 0.5, "prune_exempt": (0, 0), "prune_round": 1}
 
     def view(asked: Recipe, name: str) -> tuple[str, dict]:
         folder = api.prune(asked.changed(output_dir=str(tmp_path / name)))

@@ -1,11 +1,16 @@
 """Sizes of pruned models from configuration alone, against published figures."""
 
+import random
+
 import pytest
 
-from effitrain.core.cut import cut_spec, cut_widths, default_exempt, default_multiple
+from effitrain.core.budget import MemoryBudget
+from effitrain.core.cut import cut_spec, cut_widths, default_exempt, default_multiple, small_spec
 from effitrain.core.errors import InputError
+from effitrain.core.plan import for_tokens, make_plan, resolve
 from effitrain.core.presets import find_preset
-from effitrain.core.spec import Widths, spec_from_config
+from effitrain.core.recipe import make_recipe
+from effitrain.core.spec import Widths, pruned_config, spec_from_config
 
 
 def preset(name):
@@ -73,3 +78,60 @@ def test_ratios_out_of_range(ratio):
 def test_all_layers_exempt():
     with pytest.raises(InputError, match="none of the 6 layers"):
         cut_spec(small(), 0.5, exempt=(4, 2))
+
+
+GLOBAL = {"fit": "prune", "prune_ratio": 0.5, "prune_ranking": "global"}
+
+
+def test_where_layers_compete_the_shape_is_the_most_uneven_one():
+    spec = small(num_hidden_layers=6, num_key_value_heads=8)
+    widths = small_spec(spec, make_recipe(GLOBAL)).widths
+    assert widths == (Widths(112, 8), Widths(112, 8), Widths(96, 6), Widths(8, 1), Widths(8, 1), Widths(112, 8))
+    local = small_spec(spec, make_recipe({**GLOBAL, "prune_ranking": "local"})).widths
+    for part in ("ffn", "kv_heads"):
+        assert sum(getattr(w, part) for w in widths) == sum(getattr(w, part) for w in local)
+
+
+@pytest.mark.parametrize("fixed", [{}, {"prune_exempt": "0,0"}, {"align": "bias"}], ids=str)
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_no_outcome_of_ranking_takes_more_than_was_planned(fixed, recompute):
+    """Random shares of the same sums, planned anew with their exact widths, as a run does after cutting."""
+    spec, budget = preset("llama-3.2-1b"), MemoryBudget(2**36, 2**36, 0, "cpu")
+    recipe = make_recipe({**GLOBAL, **fixed, "recompute": recompute, "max_seq_len": 512, "batch_size": 2})
+    promised = make_plan(spec, recipe, budget)
+    local = cut_widths(spec, 0.5, exempt=recipe.prune_exempt)
+    pruned = [i for i, (w, full) in enumerate(zip(local, spec.widths, strict=True)) if w != full]
+    for seed in range(5):
+        rng, widths = random.Random(seed), list(local)
+        for _ in range(200):
+            a, b = rng.sample(pruned, 2)
+            runs = rng.choice((256, 0))
+            heads = 1 - runs // 256
+            more = Widths(widths[a].ffn + runs, widths[a].kv_heads + heads)
+            less = Widths(widths[b].ffn - runs, widths[b].kv_heads - heads)
+            if more.ffn <= spec.ffn and more.kv_heads <= 8 and less.ffn >= 256 and less.kv_heads >= 1:
+                widths[a], widths[b] = more, less
+        assert len(set(widths)) > 3
+        exact = spec.resized(widths).with_biases(
+            [f"model.layers.{i}.mlp.down_proj" for i in pruned] if recipe.align == "bias" else []
+        )
+        after = for_tokens(promised, exact, resolve(recipe, promised), budget, 1024, 1024)
+        assert after.peak_bytes <= promised.peak_bytes and after.host_peak_bytes <= promised.host_peak_bytes
+
+
+def test_biases_that_the_family_lacks_are_counted_and_written_down():
+    spec = small()
+    recipe = make_recipe({"fit": "prune", "prune_ratio": 0.5, "align": "bias"})
+    cut = small_spec(spec, recipe)
+    assert cut.params - cut_spec(spec, 0.5).params == 4 * 2 * 64  # o and down of four layers
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 6,
+              "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 261, "max_position_embeddings": 512,
+              "head_dim": 8}  # fmt: skip
+    written = pruned_config(config, cut)
+    assert spec_from_config(written, "mine").layers == cut.layers
+    for bad in ("all", ["model.layers.9.mlp.down_proj"], {"a": 1}):
+        with pytest.raises(InputError, match="effitrain_biases"):
+            spec_from_config({**written, "effitrain_biases": bad}, "mine")
+    own = spec_from_config({**config, "attention_bias": True}, "mine")  # o has one, down gets one
+    named = pruned_config({**config, "attention_bias": True}, small_spec(own, recipe))["effitrain_biases"]
+    assert {path.rpartition(".")[2] for path in named} == {"down_proj"}

@@ -208,3 +208,39 @@ def test_70b_at_085_fits_and_streams_where_that_is_not_enough(effitrain, budget,
     plan = json.loads(answer.out)
     assert plan["fits"] and plan["fit"] == "prune" and plan["peak_bytes"] <= at_most * 2**30
     assert (plan["settings"]["streamed"] > 0) == streams and plan["settings"]["optimizer"] == "adamw"
+
+
+def test_flap_as_published_ranks_across_layers_and_leaves_biases(full, flags, effitrain, tmp_path):
+    """Its small model is in NF4 with biases that the full model lacks; the recovered adapter knows nothing of them."""
+    from effitrain.adapters.storage import read_adapter
+
+    flap = ["--prune-score", "flap", "--prune-ranking", "global", "--align", "bias", "--prune-exempt", "0,0"]
+    flap += ["--prune-round", "1"]
+    command = ["run", "--model", full, "--fit", "prune", "--prune-ratio", 0.5, *flap, *flags]
+    answer = effitrain(*command, "-o", tmp_path / "flap")
+    assert answer.code == 0, answer.err
+    config = read(tmp_path / "flap/small/config.json")
+    assert sum(config["effitrain_widths"]["ffn"]) == 4 * 56 and len(set(config["effitrain_widths"]["ffn"])) > 1
+    assert "model.layers.0.mlp.down_proj" in config["effitrain_biases"] and config["quantization_config"]
+    assert all(fit["after"] <= fit["before"] for fit in read(tmp_path / "flap/small/prune.json")["alignment"])
+    bundle = read_adapter(tmp_path / "flap/adapter")
+    assert {path.rpartition(".")[2] for path in bundle.tensors} >= {"o_proj", "down_proj"}
+    assert bundle.tensors["model.layers.0.mlp.down_proj"][1].shape == (4, 112)
+    assert read(tmp_path / "flap/report.json")["prune"]["gain_share"] is not None
+    proved = json.loads(effitrain("plan", *command[1 : -len(flags)], "--prove", "--json").out)
+    assert abs(proved["proof"]["error"]) < 0.03
+
+
+def test_a_small_model_in_full_precision_gives_the_same_adapter(one, full, flags, effitrain, tmp_path):
+    """Quantised when it is loaded instead of when it is cut."""
+    from safetensors.torch import load_file
+
+    data = [*flags[:2], *flags[8:10], *flags[14:]]
+    pruned = ["--model", full, "--prune-ratio", 0.5, "--quant", "none", *data, "-o", tmp_path / "plain"]
+    assert effitrain("prune", *pruned).code == 0
+    weights = [load_file(out / "model.safetensors") for out in (tmp_path / "plain", one / "small")]
+    assert [{str(tensor.dtype) for tensor in some.values()} for some in weights] == [
+        {"torch.float32"}, {"torch.float32", "torch.uint8"},
+    ]  # fmt: skip
+    assert effitrain("run", "--model", tmp_path / "plain", *flags, "-o", tmp_path / "run").code == 0
+    assert losses(tmp_path / "run") == losses(one)

@@ -17,6 +17,8 @@ from effitrain.model.load import fill, find_base
 from effitrain.pruning.cut import CutWeights, write_cut
 from effitrain.pruning.score import score_layers
 from effitrain.pruning.select import select
+from effitrain.quant.nf4 import quantize
+from effitrain.stream.fresh import FreshLayers
 
 from .conftest import CPU, mask, stock_logits
 
@@ -144,3 +146,60 @@ def test_a_config_changed_by_hand_is_refused(model, uneven, tmp_path):
         with pytest.raises(InputError, match="effitrain_widths"):
             find_base(str(tmp_path / "small"))
     shutil.rmtree(tmp_path / "small")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cutting_into_nf4_is_cutting_and_then_quantising_byte_for_byte(model, uneven, tmp_path, dtype):
+    """The same store of layers comes of both, and no 16-bit matrix lies in the folder."""
+    full = model("qwen3", heads=8, kv_heads=4, layers=3)
+    keep = uneven(full.spec, fingerprint=full.weights.fingerprint())
+    cut, config = CutWeights(full.weights, full.spec, keep), full.base.source.config
+    write_cut(tmp_path / "plain", cut, config, full.folder)
+    write_cut(tmp_path / "nf4", cut, config, full.folder, quantize=lambda matrix: quantize(matrix.to(dtype)))
+    stored, plain = open_checkpoint(tmp_path / "nf4"), open_checkpoint(tmp_path / "plain")
+    assert sorted(stored.names()) == sorted(plain.names())
+    matrices = [name for name in plain.names() if cut.is_matrix(name)]
+    assert len(matrices) == 3 * 7 and all(stored.is_nf4(name) for name in matrices)
+    spec = find_base(str(tmp_path / "nf4")).spec
+    blobs = []
+    for weights in (stored, plain):
+        layers = FreshLayers(spec, weights, "nf4", {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype])
+        blobs.append([torch.zeros(layers.layout(i).nbytes, dtype=torch.uint8) for i in range(3)])
+        for layer, blob in enumerate(blobs[-1]):
+            layers.read_into(layer, blob)
+    assert all(torch.equal(one, other) for one, other in zip(*blobs, strict=True))
+    size, whole = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("nf4", "plain"))
+    tables = sum(plain.read(name).nbytes for name in plain.names() if name not in matrices)
+    assert size - tables < 0.4 * (whole - tables)  # float32: an eighth, and the code tables of matrices this small
+
+
+def test_a_uniform_small_model_in_nf4_loads_in_stock_transformers(model, text, tmp_path):
+    """Rows of 64 and 128 weights: bitsandbytes' CPU kernel takes a block to begin with each row."""
+    full = model("llama", heads=8, kv_heads=4, hidden=128, ffn=128)
+    widths = cut_widths(full.spec, 0.5, exempt=(0, 0))
+    scores = score_layers("random", full.walk(), [0, 1], [Axis.FFN, Axis.KV_HEADS], 1)
+    keep = KeepMap.of(full.spec, select(full.spec, widths, scores), "full", "")
+    cut = CutWeights(full.weights, full.spec, keep)
+    write_cut(tmp_path / "small", cut, full.base.source.config, full.folder, quantize=quantize)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
+    stock.train()  # in evaluation bitsandbytes packs the weights anew for another kernel
+    ours = fill(full.empty(cut.small_spec), open_checkpoint(tmp_path / "small"), "nf4", torch.float32, CPU).eval()
+    (batch,) = text(1)
+    with torch.no_grad():
+        logits = ours.logits(ours(batch.input_ids, batch.position_ids, batch.segments))
+    expected = stock_logits(stock, batch)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_nan_does_not_get_into_nf4(model, uneven, tmp_path):
+    full = model()
+
+    class Damaged(type(full.weights)):
+        def read(self, name, device="cpu"):
+            tensor = super().read(name, device)
+            return tensor * torch.nan if name.endswith("1.mlp.down_proj.weight") else tensor
+
+    cut = CutWeights(Damaged(**vars(full.weights)), full.spec, uneven(full.spec))
+    with pytest.raises(InputError, match=r"model.layers.1.mlp.down_proj.weight holds NaN"):
+        write_cut(tmp_path / "small", cut, full.base.source.config, full.folder, quantize=quantize)
+    assert not list(tmp_path.iterdir())
