@@ -109,6 +109,9 @@ class Recipe(BaseModel):
     train_on_prompt: bool = _flag(False, "Train on the prompt's tokens too", group="data")
     truncation: Literal["right", "left", "drop"] = _flag("right", "What happens to samples too long", group="data")
     packing: bool = _flag(False, "Fill every row with several samples, kept apart", group="data")
+    join_documents: bool = _flag(
+        False, "Texts laid end to end and cut to exactly --max-seq-len, for long context", group="data"
+    )
     eval_dataset: str | None = _flag(None, "Evaluation data; a split of the data when left out", group="data")
     eval_fraction: float = _flag(
         0.05, "Share of the data kept for evaluation, at most 200 rows", group="data", ge=0, lt=1
@@ -289,6 +292,10 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"--fit stream computes each layer again, and --recompute {recipe.recompute} does not."
     if recipe.resident_layers is not None and recipe.fit not in ("auto", "stream", "prune"):
         yield f"--resident-layers is for models that stream, and --fit is {recipe.fit}."
+    if recipe.join_documents and recipe.packing:
+        yield "--packing keeps samples apart, and --join-documents lets them see each other."
+    if recipe.join_documents and recipe.format not in ("auto", "text"):
+        yield f"--join-documents is for running text, and --format is {recipe.format}."
     if recipe.prune_method == "loraprune":
         for field in ("prune_score", "align", "calib_dataset", "small_model"):
             if getattr(recipe, field) != Recipe.model_fields[field].default:

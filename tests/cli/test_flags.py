@@ -19,6 +19,7 @@ from effitrain.planning import plan, recipe
 ADAPT = "--model --weights --gpu-mem --host-mem --quant --dtype --batch-size --max-seq-len --seed --adapter --config"
 DATA = (
     "--dataset --format --columns --template --train-on-prompt --no-train-on-prompt --truncation --packing --no-packing"
+    " --join-documents --no-join-documents"
 )
 RUN = f"""
     {DATA} --config --model --weights --eval-dataset --eval-fraction --eval-every
@@ -132,10 +133,12 @@ PLAN = {
 BESIDE = {
     "prefer": {"model": "llama-70b", "gpu_mem": 20 * 2**30, "host_mem": 2**36, "quant": "nf4", "gpu": "rtx4090"},
     "resident_layers": {"fit": "stream"}, "stream_order": {"fit": "stream", "batch_size": 1, "grad_accum": 2},
+    "join_documents": {"format": "text"},
 }  # fmt: skip
 TOKENS = {
     "dataset": "other", "format": "text", "columns": {"completion": "text"}, "template": "chatml",
     "train_on_prompt": True, "truncation": "left", "eval_dataset": "other", "eval_fraction": 0.5,
+    "join_documents": True,
 }  # fmt: skip
 TRAINING = {
     "weights": "synthetic:7", "packing": True, "lr": 1e-3, "schedule": "constant", "warmup": 0.9, "epochs": 2.0,
@@ -206,7 +209,8 @@ def test_fields_that_change_the_tokens(base, changed, tmp_path, field):
         tokens = prepare_data(asked, find_base(asked.model).tokenizer(), 96, tmp_path)
         return [array.tobytes() for part in (tokens.train, tokens.eval) for array in vars(part).values()]
 
-    assert view(recipe(**base)) != view(changed(field, TOKENS[field]))
+    beside = BESIDE.get(field, {})
+    assert view(recipe(**{**base, **beside})) != view(changed(field, TOKENS[field], **beside))
 
 
 @pytest.fixture(scope="module")
