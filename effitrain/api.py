@@ -42,7 +42,7 @@ from effitrain.pruning.calibration import calibrate
 from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import make_small
 from effitrain.train.hooks import check_tracker
-from effitrain.train.job import chosen, make_batches
+from effitrain.train.job import chosen, make_batches, tile_of
 from effitrain.train.memory import cuda_context_bytes
 from effitrain.train.probe import OverBudget
 from effitrain.train.proof import proved
@@ -229,6 +229,7 @@ def _ready(recipe: Recipe, adapter: str | None) -> tuple[Base, Decoder, Recipe]:
     recipe, device = resolve(recipe, the_plan), _device(budget)
     cap(device, the_plan)
     decoder = load_model(base, recipe, device, placement=placement_of(the_plan)).eval()
+    decoder.set_tile(tile_of(recipe))
     if bundle:
         load_into(attach(decoder, bundle.config, Clock()), bundle, str(adapter))
     return base, decoder, recipe

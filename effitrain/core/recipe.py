@@ -14,7 +14,6 @@ from effitrain.core.units import parse_bytes
 
 # Flags of the published command line whose feature this version does not have yet, and that feature.
 LATER = {
-    "mlp_tiles": "tiled MLPs for long context",
     "lisa_layers": "LISA",
     "lisa_interval": "LISA",
     "lisa_state": "LISA",
@@ -148,6 +147,10 @@ class Recipe(BaseModel):
     )
     offload_activations: Literal["auto", "on", "off"] = _flag(
         "auto", "Layer inputs wait for the backward pass in host memory", group="memory"
+    )
+
+    mlp_tiles: Annotated[int | None, Auto] = _flag(
+        None, "Tiles of tokens that norms and MLPs take one by one; where only that fits", group="memory", ge=1
     )
 
     max_seq_len: Annotated[int | None, Auto] = _flag(
@@ -292,6 +295,12 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"--fit stream computes each layer again, and --recompute {recipe.recompute} does not."
     if recipe.resident_layers is not None and recipe.fit not in ("auto", "stream", "prune"):
         yield f"--resident-layers is for models that stream, and --fit is {recipe.fit}."
+    if (recipe.mlp_tiles or 1) > 1 and not lean:
+        yield f"--mlp-tiles computes layers again, and --recompute {recipe.recompute} keeps more of them."
+    if (recipe.mlp_tiles or 1) > 1 and recipe.method in WEIGHTS:
+        yield f"--mlp-tiles is for adapters, and --method is {recipe.method}."
+    if (recipe.mlp_tiles or 1) > 1 and recipe.lora_dropout:
+        yield "--mlp-tiles would drop the same elements in every tile: leave out --lora-dropout."
     if recipe.join_documents and recipe.packing:
         yield "--packing keeps samples apart, and --join-documents lets them see each other."
     if recipe.join_documents and recipe.format not in ("auto", "text"):

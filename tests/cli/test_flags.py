@@ -25,7 +25,7 @@ RUN = f"""
     {DATA} --config --model --weights --eval-dataset --eval-fraction --eval-every
     --output-dir -o --save-every --keep-checkpoints --resume --report-to
     --gpu-mem --host-mem --gpu --fit --prefer --resident-layers --stream-order --quant --dtype --recompute
-    --offload-activations
+    --offload-activations --mlp-tiles
     --prune-ratio --prune-parts --prune-exempt
     --max-seq-len --batch-size --grad-accum --lr --schedule --warmup --epochs --max-steps --seed
     --weight-decay --max-grad-norm --optimizer
@@ -127,7 +127,7 @@ PLAN = {
     "gpu_mem": 2**30, "host_mem": 2**30, "gpu": "t4", "quant": "nf4", "dtype": "fp32", "recompute": "layer",
     "max_seq_len": 40, "batch_size": 2, "grad_accum": 3, "optimizer": "adamw8bit", "lora_r": 2,
     "lora_targets": ("q_proj",), "model": "llama-3.2-1b", "fit": "stream", "offload_activations": "on",
-    "prefer": "fast", "resident_layers": 0, "stream_order": "micro-batch",
+    "prefer": "fast", "resident_layers": 0, "stream_order": "micro-batch", "mlp_tiles": 4,
 }  # fmt: skip
 # Fields that matter only beside others.
 BESIDE = {
