@@ -8,7 +8,7 @@ from typing import Literal
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.ledger import LedgerLine, Settings, gpu_bytes, host_bytes
 from effitrain.core.memory import make_ledger
-from effitrain.core.methods import default_lr
+from effitrain.core.methods import WEIGHTS, default_lr
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 from effitrain.core.speed import tokens_per_second

@@ -36,19 +36,27 @@ def make_ledger(
     Three moments compete: the loss, the backward pass of the final norm, and that of the last layer. The optimizer's
     step is fused and takes no temporaries.
     """
-    resident = (
-        *_frozen(spec, recipe, settings),
-        *_tables(spec, recipe, settings, budget.device),
-        *(_masters if recipe.method in WEIGHTS else _adapters)(spec, recipe, settings),
-        _gpu(OVERHEAD, budget.overhead_bytes, "CUDA context, workspaces, allocator slack"),
-    )
     forward = _activations(spec, recipe, settings)
     rows = settings.tokens if trained is None else trained
     moments = [(*forward, *_loss(spec, recipe, settings, rows)), (*forward, *_layer_backward(spec, recipe, settings))]
     if settings.mlp_tiles == 1:  # a tile of it is less than the loss
         moments.append((*forward, _norm_backward(spec, settings)))
-    lines = (*resident, *max(moments, key=gpu_bytes), *_host(spec, recipe, settings, budget.device))
+    lines = (
+        *held_lines(spec, recipe, settings, budget),
+        *max(moments, key=gpu_bytes),
+        *_host(spec, recipe, settings, budget.device),
+    )
     return tuple(line for line in lines if line.bytes)
+
+
+def held_lines(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> tuple[LedgerLine, ...]:
+    """What is on the device all the time."""
+    return (
+        *_frozen(spec, recipe, settings),
+        *_tables(spec, recipe, settings, budget.device),
+        *(_masters if recipe.method in WEIGHTS else _adapters)(spec, recipe, settings),
+        _gpu(OVERHEAD, budget.overhead_bytes, "CUDA context, workspaces, allocator slack"),
+    )
 
 
 def adapted(linear: LinearSpec, recipe: Recipe) -> bool:
