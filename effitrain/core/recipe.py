@@ -297,8 +297,6 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"--resident-layers is for models that stream, and --fit is {recipe.fit}."
     if (recipe.mlp_tiles or 1) > 1 and not lean:
         yield f"--mlp-tiles computes layers again, and --recompute {recipe.recompute} keeps more of them."
-    if (recipe.mlp_tiles or 1) > 1 and recipe.method in WEIGHTS:
-        yield f"--mlp-tiles is for adapters, and --method is {recipe.method}."
     if (recipe.mlp_tiles or 1) > 1 and recipe.lora_dropout:
         yield "--mlp-tiles would drop the same elements in every tile: leave out --lora-dropout."
     if recipe.join_documents and recipe.packing:

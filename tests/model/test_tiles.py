@@ -8,6 +8,7 @@ from effitrain.adapters.base import AdapterConfig, Clock
 from effitrain.model.load import find_base, load_model
 from effitrain.model.tiles import in_tiles
 from effitrain.planning import recipe
+from effitrain.quant.linear import FrozenLinear
 from effitrain.stream.offload import Offload
 
 CPU = torch.device("cpu")
@@ -79,6 +80,24 @@ def test_evaluation(tiny_model):
     wanted = decoder(ids, torch.arange(31), [31])
     decoder.set_tile(8)
     check([decoder(ids, torch.arange(31), [31])], [wanted])
+
+
+def test_no_value_is_computed_that_nobody_reads(tiny_model, monkeypatch):
+    """The product of each tile is made once: neither the layer's second pass nor the tile's reads it."""
+    decoder, made = decoder_of(tiny_model("llama")), []
+    product = FrozenLinear.product
+
+    def counted(linear, x):
+        made.extend([linear.spec.name] * linear.value_needed)
+        return product(linear, x)
+
+    monkeypatch.setattr(FrozenLinear, "product", counted)
+    decoder.set_tile(8)
+    step(decoder)
+    layers, tiles = len(decoder.layers), 4
+    assert made.count("mlp.down_proj") == layers * tiles
+    assert made.count("mlp.gate_proj") == made.count("mlp.up_proj") == 2 * layers * tiles
+    assert made.count("self_attn.o_proj") == 2 * layers
 
 
 def test_no_block_sees_more_than_a_tile():
