@@ -4,10 +4,10 @@
 """
 
 import gc
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ from effitrain.core.budget import CUDA_SLACK_BYTES, MemoryBudget
 from effitrain.core.choices import compute_dtype, sequence_length
 from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
+from effitrain.core.generation import texts_at_once
 from effitrain.core.methods import WEIGHTS
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
@@ -28,7 +29,10 @@ from effitrain.core.spec import ModelSpec, spec_from_config
 from effitrain.data.prepare import check_data, prepare_data
 from effitrain.evals.chat import ChatSession
 from effitrain.evals.events import Events
-from effitrain.evals.perplexity import evaluate_loss
+from effitrain.evals.passkey import check_lengths
+from effitrain.evals.passkey import passkey as find_passkeys
+from effitrain.evals.perplexity import Evaluation, evaluate_loss
+from effitrain.evals.positions import beyond_its_length, default_bucket, longest_sample, loss_by_position, overall
 from effitrain.io.atomic import remove_stale, write_json, write_text
 from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.hub import fetch_weights, find_model
@@ -42,7 +46,7 @@ from effitrain.pruning.calibration import calibrate
 from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import make_small
 from effitrain.train.hooks import check_tracker
-from effitrain.train.job import chosen, make_batches
+from effitrain.train.job import make_batches, tile_of
 from effitrain.train.memory import cuda_context_bytes
 from effitrain.train.probe import OverBudget
 from effitrain.train.proof import proved
@@ -110,26 +114,39 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
     return carry_out(*_begin(folder, asked, recipe, leaner), leaner, budget, base, events)
 
 
-def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, Any]:
+def evaluate(
+    recipe: Recipe, adapter: str | None = None, by_position: int | Literal["auto"] | None = None,
+    passkey: Sequence[int] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Loss and perplexity of a model on a data set: ``{"loss", "perplexity", "tokens", "model", "adapter"}``.
+
+    With ``by_position`` also ``"by_position"``, the loss in buckets of so many tokens; with samples longer than the
+    model was made for that too, and ``"warnings"``. With ``passkey`` also ``"passkey"``, and without a data set that
+    alone.
 
     Args:
         recipe: model and data.
         adapter: an adapter folder, or a run folder that holds one.
+        by_position: tokens of a bucket.
+        passkey: lengths of prompts, in tokens, in which a number is hidden.
     """
     recipe = recipe.changed(eval_fraction=0.0, eval_dataset=None)
-    check_data(recipe)
-    base, decoder, recipe = _ready(recipe, adapter)
-    data = prepare_data(recipe, base.tokenizer(), chosen(recipe.max_seq_len))
-    result = evaluate_loss(decoder, make_batches(data.train, recipe))
-    scores = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
-    return {**scores, "model": recipe.model, "adapter": adapter}
+    scores_text = recipe.dataset is not None or not passkey
+    if scores_text:
+        check_data(recipe)
+    ready = _ready(recipe, adapter, passkey)
+    scores = _score(ready, sequence_length(ready.base.spec, recipe), by_position) if scores_text else {}
+    scores |= {"model": recipe.model, "adapter": adapter}
+    if passkey:
+        found = find_passkeys(ready.decoder, ready.base.tokenizer(), passkey, ready.texts_at_once, recipe.seed)
+        scores["passkey"] = [asdict(one) for one in found]
+    return scores
 
 
 def chat(recipe: Recipe, adapter: str | None = None) -> ChatSession:
     """Load a model, with or without an adapter, to talk to: ``chat(recipe).answer(messages)`` yields text."""
-    base, decoder, recipe = _ready(recipe, adapter)
-    return ChatSession(decoder, base.tokenizer(), recipe.template, recipe.seed)
+    ready = _ready(recipe, adapter)
+    return ChatSession(ready.decoder, ready.base.tokenizer(), recipe.template, recipe.seed)
 
 
 def export(
@@ -216,10 +233,37 @@ def _as_before(recipe: Recipe, folder: RunFolder) -> Recipe:
     return make_recipe({**read_recipe_file(folder.path / "recipe.yaml"), **recipe.model_dump(include=RUNTIME_FIELDS)})
 
 
-def _ready(recipe: Recipe, adapter: str | None) -> tuple[Base, Decoder, Recipe]:
+@dataclass(frozen=True)
+class Ready:
     """A loaded model for evaluation or chat, within the budget, and the recipe with its open choices made."""
+
+    base: Base
+    decoder: Decoder
+    recipe: Recipe
+    plan: Plan
+    budget: MemoryBudget
+
+    def texts_at_once(self, tokens: int) -> int:
+        """How many texts of ``tokens`` may be generated together.
+
+        Raises:
+            InputError: not even one has room.
+        """
+        count = texts_at_once(self.base.spec, self.recipe, self.plan.settings, self.budget, tokens)
+        if not count:
+            raise InputError(
+                f"The keys and values of {tokens} tokens have no room beside the model.",
+                next_step="Name smaller lengths, a larger --gpu-mem, or fewer layers with --resident-layers.",
+            )
+        return count
+
+
+def _ready(recipe: Recipe, adapter: str | None, lengths: Sequence[int] = ()) -> Ready:
+    """Load a model, planned for its data and for prompts of ``lengths`` tokens."""
     bundle = read_adapter(adapter_folder(adapter)) if adapter else None
     base = find_base(recipe.model, recipe.weights)
+    check_lengths(base.spec, lengths)
+    recipe = recipe.changed(max_seq_len=max(sequence_length(base.spec, recipe), *lengths, 0))
     budget = find_budget(recipe)
     the_plan = make_plan(base.spec, recipe, budget)
     if not the_plan.fits:
@@ -229,9 +273,28 @@ def _ready(recipe: Recipe, adapter: str | None) -> tuple[Base, Decoder, Recipe]:
     recipe, device = resolve(recipe, the_plan), _device(budget)
     cap(device, the_plan)
     decoder = load_model(base, recipe, device, placement=placement_of(the_plan)).eval()
+    decoder.set_tile(tile_of(recipe))
     if bundle:
         load_into(attach(decoder, bundle.config, Clock()), bundle, str(adapter))
-    return base, decoder, recipe
+    return Ready(base, decoder, recipe, the_plan, budget)
+
+
+def _score(ready: Ready, length: int, by_position: int | Literal["auto"] | None) -> dict[str, Any]:
+    """Losses on the data set, in samples of ``length`` tokens at most."""
+    recipe = ready.recipe.changed(max_seq_len=length)
+    batches = make_batches(prepare_data(recipe, ready.base.tokenizer(), length).train, recipe)
+    longest, made_for = longest_sample(batches), ready.base.spec.max_positions
+    if by_position is None and longest <= made_for:
+        return _figures(evaluate_loss(ready.decoder, batches))
+    bucket = by_position if isinstance(by_position, int) else default_bucket(longest, made_for)
+    buckets = loss_by_position(ready.decoder, batches, bucket)
+    warning = beyond_its_length(buckets, longest, made_for)
+    scores = {**_figures(overall(buckets)), "by_position": [asdict(one) for one in buckets]}
+    return {**scores, "warnings": [warning]} if warning else scores
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    return {"loss": evaluation.loss, "perplexity": evaluation.perplexity, "tokens": evaluation.tokens}
 
 
 def _check_starting_points(recipe: Recipe, base: Base) -> None:

@@ -21,6 +21,7 @@ from effitrain.core.report import Report
 from effitrain.data.batches import Batches, longest, most_trained
 from effitrain.data.prepare import PreparedData, prepare_data
 from effitrain.evals.events import Events
+from effitrain.evals.positions import ByPosition
 from effitrain.evals.recovered import compare, facts
 from effitrain.evals.scores import Scores
 from effitrain.io.atomic import remove_stale
@@ -74,7 +75,7 @@ def _carry_out(
     base = base.to_stream() if the_plan.settings.streamed and not pruning else base.fetched()
     data = prepare_data(recipe, base.tokenizer(), chosen(recipe.max_seq_len))
     if not checkpoints(folder.path / "checkpoints"):
-        folder = folder.note(evals=[])  # of a run of another recipe that never took a step
+        folder = folder.note(evals=[], positions=[])  # of a run of another recipe that never took a step
     folder = _same_inputs(folder, data=data.fingerprint, model=base.fingerprint())
     events.data(data)
     device = torch.device(budget.device)
@@ -92,14 +93,15 @@ def _carry_out(
         pruned, points = compare(recipe, base, device, batches, bundle, points, events.evaluated)
     elif pruning:
         pruned = facts(recipe, points, [])
-    seen = (data.stats, points, meter.peak(), trained.stream, trained.timeline, pruned)
+    positions = None if small else trained.positions  # of the full-size model alone
+    seen = (data.stats, points, meter.peak(), trained.stream, trained.timeline, pruned, positions)
     return write_report(folder.path, recipe, trained.plan, trained.state, *seen)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Where training ended, the plan for the longest micro-batch of the data, losses on the evaluation set by step, and
-    what streaming did.
+    """Where training ended, the plan for the longest micro-batch of the data, losses on the evaluation set by step and
+    by position, and what streaming did.
     """
 
     state: TrainState
@@ -107,6 +109,7 @@ class Trained:
     points: list[tuple[int, float]]
     stream: Mapping[str, Any] | None
     timeline: Sequence[Span]
+    positions: ByPosition | None
 
 
 def _train(
@@ -164,7 +167,7 @@ def _train(
     if len(scores.points) < 2 or scores.points[-1][0] < state.step:
         scores.add("after")
     stream = stream_figures(before, after, the_plan.settings.streamed, the_plan.resident_layers) if after else None
-    return Trained(state, expected, scores.points, stream, timeline)
+    return Trained(state, expected, scores.points, stream, timeline, scores.by_position())
 
 
 def _make_small(

@@ -11,7 +11,7 @@ from effitrain.core.names import nearest_name
 from effitrain.core.recipe import LATER, Recipe, read_recipe_file
 
 MODEL_FIELDS = ("model", "weights")
-DATA_FIELDS = ("dataset", "format", "columns", "template", "train_on_prompt", "truncation", "packing")
+DATA_FIELDS = ("dataset", "format", "columns", "template", "train_on_prompt", "truncation", "packing", "join_documents")
 MEMORY_FIELDS = ("gpu_mem", "host_mem", "quant", "dtype", "batch_size", "max_seq_len", "seed")
 _BYTE_FIELDS = {"gpu_mem", "host_mem"}
 

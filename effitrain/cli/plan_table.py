@@ -68,7 +68,8 @@ def _print_each(sentences: Iterable[str], terminal: Terminal) -> None:
 
 def _settings(plan: Plan) -> str:
     """The chosen settings that do something, and the estimated speed on a card; small models on a CPU defy one."""
-    shown = {name: value for name, value in asdict(plan.settings).items() if value not in (False, 0)}
+    settings = asdict(plan.settings)
+    shown = {name: value for name, value in settings.items() if value and (name, value) != ("mlp_tiles", 1)}
     words = [name.replace("_", " ") + ("" if value is True else f" {value}") for name, value in shown.items()]
     speed = [f"about {plan.tokens_per_second_estimate:,.0f} tokens/s"] if plan.overhead_bytes and plan.fits else []
     return ", ".join([*words, *speed])

@@ -24,7 +24,8 @@ class Settings:
 
     ``recompute``: what is computed again in the backward pass; ``offload``: layer inputs wait for it on the host.
     ``streamed``: layers whose frozen weights visit the device; ``on_disk``: how many of them are read from the disk;
-    ``by_layer``: all micro-batches of a step pass a layer before the next one is fetched.
+    ``by_layer``: all micro-batches of a step pass a layer before the next one is fetched; ``mlp_tiles``: parts of a
+    micro-batch that norms and MLPs take one by one.
     """
 
     max_seq_len: int
@@ -38,11 +39,17 @@ class Settings:
     streamed: int = 0
     on_disk: int = 0
     by_layer: bool = False
+    mlp_tiles: int = 1
 
     @property
     def tokens(self) -> int:
         """Tokens of a full micro-batch."""
         return self.batch_size * self.max_seq_len
+
+    @property
+    def tile(self) -> int:
+        """Tokens that norms and MLPs take at a time."""
+        return -(-self.tokens // self.mlp_tiles)
 
     @property
     def at_once(self) -> int:

@@ -13,6 +13,7 @@ from effitrain.core.ledger import DISK, GPU, HOST, LedgerLine, Settings, gpu_byt
 from effitrain.core.methods import WEIGHTS
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import LayerSpec, LinearSpec, ModelSpec
+from effitrain.core.tiles import tiled_backward
 from effitrain.core.weights import active_layers, gradient_bytes, saved_by_norms, trained_tensors, trains_tables
 
 # bitsandbytes' 8-bit optimizer keeps tensors below this in 32 bits, and a 4-byte scale per 256 values of a moment.
@@ -35,20 +36,27 @@ def make_ledger(
     Three moments compete: the loss, the backward pass of the final norm, and that of the last layer. The optimizer's
     step is fused and takes no temporaries.
     """
-    resident = (
+    forward = _activations(spec, recipe, settings)
+    rows = settings.tokens if trained is None else trained
+    moments = [(*forward, *_loss(spec, recipe, settings, rows)), (*forward, *_layer_backward(spec, recipe, settings))]
+    if settings.mlp_tiles == 1:  # a tile of it is less than the loss
+        moments.append((*forward, _norm_backward(spec, settings)))
+    lines = (
+        *held_lines(spec, recipe, settings, budget),
+        *max(moments, key=gpu_bytes),
+        *_host(spec, recipe, settings, budget.device),
+    )
+    return tuple(line for line in lines if line.bytes)
+
+
+def held_lines(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> tuple[LedgerLine, ...]:
+    """What is on the device all the time."""
+    return (
         *_frozen(spec, recipe, settings),
         *_tables(spec, recipe, settings, budget.device),
         *(_masters if recipe.method in WEIGHTS else _adapters)(spec, recipe, settings),
         _gpu(OVERHEAD, budget.overhead_bytes, "CUDA context, workspaces, allocator slack"),
     )
-    forward = _activations(spec, recipe, settings)
-    moments = (
-        (*forward, *_loss(spec, recipe, settings, settings.tokens if trained is None else trained)),
-        (*forward, _norm_backward(spec, settings)),
-        (*forward, *_layer_backward(spec, recipe, settings)),
-    )
-    lines = (*resident, *max(moments, key=gpu_bytes), *_host(spec, recipe, settings, budget.device))
-    return tuple(line for line in lines if line.bytes)
 
 
 def adapted(linear: LinearSpec, recipe: Recipe) -> bool:
@@ -267,11 +275,12 @@ def _loss(spec: ModelSpec, recipe: Recipe, settings: Settings, trained: int) -> 
     grads = 4 * head + max(0, gradient_bytes(head, c) - rows * spec.vocab * (per_logit - c))
     leaving = settings.offload  # the last layer's input, on its way to the host
     held = 2 + leaving + tables  # what a trained norm made of its input
-    states = f"T {tokens} x h {h} x (4 B norm input + {held} x {c} B: output, gradient{', leaving' * leaving})"
+    wide = 4 if settings.mlp_tiles == 1 else c
+    states = f"T {tokens} x h {h} x ({wide} B norm input + {held} x {c} B: output, gradient{', leaving' * leaving})"
     return (
         _gpu("head's gradient", tables * grads, f"V {spec.vocab} x h {h}, so far and of a chunk"),
         _gpu("loss chunk", chunk, f"{rows} rows x (V {spec.vocab} x {per_logit} B + h {h} x 2 x {c} B)"),
-        _gpu("final hidden states and gradient", tokens * h * (4 + held * c), states),
+        _gpu("final hidden states and gradient", tokens * h * (wide + held * c), states),
     )
 
 
@@ -285,9 +294,13 @@ def _norm_backward(spec: ModelSpec, settings: Settings) -> LedgerLine:
 def _layer_backward(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
     """The live layer: what is computed again, and the widest moment of the MLP's backward pass."""
     layer = max((layer for layer, _ in spec.shapes), key=lambda layer: layer.weights)
+    if settings.mlp_tiles > 1:
+        kept, casts = saved_bytes(layer, spec, recipe, settings.width), _casts(layer, recipe, settings.width)
+        tile = _mlp_gradients("tile gradients", layer, recipe, settings.tile, 1, settings.width)
+        on_o = any(adapted(linear, recipe) for linear in layer.linears if linear.leaf == "o_proj")
+        return tiled_backward(layer, spec.hidden, settings, kept, casts, on_o, tile)
     tokens, c, h = settings.tokens, settings.width, spec.hidden
-    rows = {linear.leaf: linear.out_features for linear in layer.linears}
-    ffn, down = rows["gate_proj"], next(linear for linear in layer.linears if linear.leaf == "down_proj")
+    down = next(linear for linear in layer.linears if linear.leaf == "down_proj")
     trained = active_layers(spec, recipe) > 1  # the last layer too
     outside, inside = saved_bytes(layer, spec, recipe, c, trained)
     again = {"none": 0, "mlp": inside - h * c, "layer": outside + inside}[settings.recompute]
@@ -304,17 +317,25 @@ def _layer_backward(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tupl
         lines.append(_gpu("weight gradients on their way", grads, formula))
     elif settings.recompute != "none":
         lines.append(_gpu("its adapter weights", _casts(layer, recipe, c), f"in {c} B each"))
+    edges = 1 + (settings.recompute != "none")
+    return *lines, *_mlp_gradients("layer gradients", layer, recipe, tokens, edges, c)
+
+
+def _mlp_gradients(
+    what: str, layer: LayerSpec, recipe: Recipe, tokens: int, edges: int, c: int
+) -> tuple[LedgerLine, ...]:
+    """What the MLP's backward pass adds at its widest moment, ``edges`` hidden states besides the wide tensors."""
+    down = next(linear for linear in layer.linears if linear.leaf == "down_proj")
+    ffn, h = down.in_features, down.out_features
     # down's adapter gives its share of the input's gradient first, and then has no use for its own input.
     on_down = adapted(down, recipe) and not recipe.lora_dropout
     weight = down.weights * c + 4 * _ceil(down.weights, BLOCK) if recipe.quant == "nf4" else 0
     at_down, at_gate = (1 + on_down) * tokens * ffn * c + weight, 3 * tokens * ffn * c
-    edges = 1 + (settings.recompute != "none")
     wide = f"T {tokens} x ({edges} x h {h} + {3 - on_down if at_gate > at_down else 1} x FFN {ffn}) x {c} B"
     size = tokens * (edges * h - on_down * ffn) * c + (at_gate if at_gate > at_down else at_down - weight)
-    lines.append(_gpu("layer gradients", size, wide))
+    lines = [_gpu(what, size, wide)]
     if weight and at_gate <= at_down:
-        formula = f"down_proj: {down.weights:,} x ({c} + 4/{BLOCK}) B"
-        lines.append(_gpu("dequantised weight", weight, formula))
+        lines.append(_gpu("dequantised weight", weight, f"down_proj: {down.weights:,} x ({c} + 4/{BLOCK}) B"))
     return tuple(lines)
 
 

@@ -25,6 +25,8 @@ def contradictions(recipe: Any) -> Iterator[str]:
     method = recipe.method
     if method in WEIGHTS:
         yield from _given(recipe, LORA_FIELDS, f"is for adapters, and --method {method} trains weights.")
+        if (recipe.mlp_tiles or 1) > 1:
+            yield f"--mlp-tiles is for adapters, and --method {method} trains weights."
         if recipe.fit == "prune" or recipe.prune_ratio is not None:
             yield f"--method {method} changes the model itself, and from a pruned one nothing can be recovered."
     if method == "full":

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from effitrain.core.budget import MemoryBudget
-from effitrain.core.choices import SAMPLES_PER_STEP, sequence_length
+from effitrain.core.choices import SAMPLES_PER_STEP, TILE_TOKENS, sequence_length
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 from effitrain.core.units import format_bytes
@@ -87,6 +87,8 @@ def _changes(way: Way) -> Iterator[dict[str, Any]]:
         yield {"recompute": "layer"}
     if recipe.offload_activations == "off" and recipe.recompute in ("auto", "layer"):
         yield {"offload_activations": "on"}
+    if recipe.mlp_tiles == 1 and not recipe.lora_dropout and way.best.settings.tokens > TILE_TOKENS:
+        yield {"mlp_tiles": -(-way.best.settings.tokens // TILE_TOKENS)}
     if recipe.batch_size and recipe.batch_size > 1:
         samples = recipe.batch_size * recipe.grad_accum if recipe.grad_accum else SAMPLES_PER_STEP
         yield {"batch_size": 1, "grad_accum": samples}

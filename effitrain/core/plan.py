@@ -109,7 +109,8 @@ def for_tokens(plan: Plan, spec: ModelSpec, recipe: Recipe, budget: MemoryBudget
         tokens: of the longest micro-batch of the data.
         trained: the most trained tokens of any micro-batch of the data.
     """
-    settings = dataclasses.replace(plan.settings, batch_size=1, max_seq_len=tokens)
+    tiles = -(-tokens // plan.settings.tile)
+    settings = dataclasses.replace(plan.settings, batch_size=1, max_seq_len=tokens, mlp_tiles=tiles)
     ledger = make_ledger(spec, recipe, settings, budget, trained)
     return dataclasses.replace(
         plan, ledger=ledger, peak_bytes=gpu_bytes(ledger), host_peak_bytes=host_bytes(ledger), micro_batch_tokens=tokens
@@ -194,6 +195,8 @@ def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
         yield from _explain_recomputation(way, choice, budget)
     if recipe.optimizer is None and settings.optimizer != "adamw":
         yield "The optimizer keeps 8-bit states: with 32-bit ones nothing fits."
+    if recipe.mlp_tiles is None and settings.mlp_tiles > 1:
+        yield f"Norms and MLPs take tiles of {settings.tile:,} tokens: all at once do not fit."
     if recipe.offload_activations == "auto" and settings.offload:
         yield "Layer inputs wait in host memory for the backward pass."
 

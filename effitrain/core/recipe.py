@@ -14,7 +14,6 @@ from effitrain.core.units import parse_bytes
 
 # Flags of the published command line whose feature this version does not have yet, and that feature.
 LATER = {
-    "mlp_tiles": "tiled MLPs for long context",
     "lisa_layers": "LISA",
     "lisa_interval": "LISA",
     "lisa_state": "LISA",
@@ -109,6 +108,9 @@ class Recipe(BaseModel):
     train_on_prompt: bool = _flag(False, "Train on the prompt's tokens too", group="data")
     truncation: Literal["right", "left", "drop"] = _flag("right", "What happens to samples too long", group="data")
     packing: bool = _flag(False, "Fill every row with several samples, kept apart", group="data")
+    join_documents: bool = _flag(
+        False, "Texts laid end to end and cut to exactly --max-seq-len, for long context", group="data"
+    )
     eval_dataset: str | None = _flag(None, "Evaluation data; a split of the data when left out", group="data")
     eval_fraction: float = _flag(
         0.05, "Share of the data kept for evaluation, at most 200 rows", group="data", ge=0, lt=1
@@ -145,6 +147,10 @@ class Recipe(BaseModel):
     )
     offload_activations: Literal["auto", "on", "off"] = _flag(
         "auto", "Layer inputs wait for the backward pass in host memory", group="memory"
+    )
+
+    mlp_tiles: Annotated[int | None, Auto] = _flag(
+        None, "Tiles of tokens that norms and MLPs take one by one; where only that fits", group="memory", ge=1
     )
 
     max_seq_len: Annotated[int | None, Auto] = _flag(
@@ -292,6 +298,14 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"--fit stream computes each layer again, and --recompute {recipe.recompute} does not."
     if recipe.resident_layers is not None and recipe.fit not in ("auto", "stream", "prune"):
         yield f"--resident-layers is for models that stream, and --fit is {recipe.fit}."
+    if (recipe.mlp_tiles or 1) > 1 and not lean:
+        yield f"--mlp-tiles computes layers again, and --recompute {recipe.recompute} keeps more of them."
+    if (recipe.mlp_tiles or 1) > 1 and recipe.lora_dropout:
+        yield "--mlp-tiles would drop the same elements in every tile: leave out --lora-dropout."
+    if recipe.join_documents and recipe.packing:
+        yield "--packing keeps samples apart, and --join-documents lets them see each other."
+    if recipe.join_documents and recipe.format not in ("auto", "text"):
+        yield f"--join-documents is for running text, and --format is {recipe.format}."
     if recipe.prune_method == "loraprune":
         for field in ("prune_score", "prune_ranking", "align", "calib_dataset", "small_model"):
             if getattr(recipe, field) != Recipe.model_fields[field].default:

@@ -1,7 +1,7 @@
 """The report of a run, as one frozen value: what was trained, how well, at what cost."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ class Report:
     """A finished run.
 
     ``tokens`` went through the model in ``seconds`` of training, evaluation not counted; ``adapter`` is the adapter's
-    folder inside the run folder; ``stream`` and ``prune`` are None where the run did neither.
+    folder inside the run folder; ``stream`` and ``prune`` are None where the run did neither. ``positions``: of each
+    bucket of positions ``start`` and ``end``, the ``tokens`` scored, and their loss ``before`` and ``after`` training;
+    None where samples are short.
     """
 
     model: str
@@ -65,6 +67,7 @@ class Report:
     adapter: str | None = "adapter"
     stream: Mapping[str, Any] | None = None
     prune: Mapping[str, Any] | None = None
+    positions: Sequence[Mapping[str, Any]] | None = None
 
     @property
     def tokens_per_second(self) -> float:

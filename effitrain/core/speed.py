@@ -46,7 +46,7 @@ def step_time(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates)
     once = sum(count * _layer(layer, spec, settings) for layer, count in spec.shapes)
     again = sum(count * _again(layer, spec, settings) for layer, count in spec.shapes)
     head = 2 * settings.tokens * spec.embedding_params
-    dequant = DEQUANT_BYTES * spec.linear_params / rates.memory if recipe.quant == "nf4" else 0.0
+    dequant = DEQUANT_BYTES * _dequantised(spec, settings) / rates.memory if recipe.quant == "nf4" else 0.0
     share = again / once
     forward = (once + 2 * head) / (EFFICIENCY * rates.flops) + dequant  # the loss brings its gradient along
     backward = (once + again) / (EFFICIENCY * rates.flops) + (1 + share) * dequant
@@ -69,6 +69,12 @@ def _layer(layer: LayerSpec, spec: ModelSpec, settings: Settings) -> float:
     """FLOP of a layer's forward pass; that of its inputs' gradients is the same. Causal attention does half."""
     queries = next(linear.out_features for linear in layer.linears if linear.leaf == "q_proj")
     return settings.tokens * (2 * layer.weights + 2 * settings.max_seq_len * queries)
+
+
+def _dequantised(spec: ModelSpec, settings: Settings) -> int:
+    """Weights that a forward pass dequantises: those of MLPs for each of their tiles."""
+    mlps = sum(n.weights * count for layer, count in spec.shapes for n in layer.linears if n.name.startswith("mlp."))
+    return spec.linear_params + (settings.mlp_tiles - 1) * mlps
 
 
 def _again(layer: LayerSpec, spec: ModelSpec, settings: Settings) -> float:

@@ -4,9 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
 from effitrain.data.formats import Layout, Turn, conversations, find_layout, text_of
+from effitrain.data.long_text import encode_texts
 from effitrain.data.marks import Rendered, marks_of
 from effitrain.data.sources import Row, Source
 from effitrain.data.templates import Template
@@ -65,7 +68,10 @@ def build(source: Source, recipe: Recipe, tokenizer: Any, template: Template, ma
     """
     rows, layout = _open(source, recipe)
     if layout.format == "text":
-        built = _build_text(rows, layout, tokenizer, max_seq_len, source.running_text)
+        if recipe.join_documents:
+            built = _build_joined(rows, layout, tokenizer, max_seq_len)
+        else:
+            built = _build_text(rows, layout, tokenizer, max_seq_len, source.running_text)
     else:
         built = _build_chats(rows, layout, recipe, tokenizer, template, max_seq_len)
     _check_trained(source.name, built, max_seq_len)
@@ -78,17 +84,39 @@ def _open(source: Source, recipe: Recipe) -> tuple[list[Row], Layout]:
         raise InputError(f"The data set {source.name} is empty.", next_step="Give one with at least one row.")
     # A column may be left out where it is empty, so those of any row count, first rows first.
     columns = {name: value for row in reversed(rows) for name, value in row.fields.items()}
-    return rows, find_layout(source.name, Row(columns, rows[0].where), recipe.format, recipe.columns)
+    layout = find_layout(source.name, Row(columns, rows[0].where), recipe.format, recipe.columns)
+    if recipe.join_documents and layout.format != "text":
+        raise InputError(
+            f"--join-documents is for running text, and {source.name} is {layout.format}: its samples stand apart.",
+            next_step="Leave it out, or use --packing to fill rows with several samples.",
+        )
+    return rows, layout
 
 
 def _build_text(rows: list[Row], layout: Layout, tokenizer: Any, max_seq_len: int, running: bool) -> Built:
     """Texts end in the end of sequence and are cut into as many samples as they need."""
-    marks, bos = marks_of(tokenizer), bos_of(tokenizer)
-    texts = (text_of(row, layout) for row in rows)
-    whole = (marks.closed(Rendered(text, ((0, len(text)),))) for text in texts)
-    found = [(row, piece) for row, s in enumerate(encode(tokenizer, whole)) for piece in pieces(s, max_seq_len, bos)]
+    bos = bos_of(tokenizer)
+    documents = enumerate(_documents(rows, layout, tokenizer))
+    found = [(row, piece) for row, whole in documents for piece in pieces(whole, max_seq_len, bos)]
     groups = list(range(len(found))) if running else [row for row, _ in found]
     return Built([piece for _, piece in found], groups, 0, 0, "text", "none")
+
+
+def _build_joined(rows: list[Row], layout: Layout, tokenizer: Any, max_seq_len: int) -> Built:
+    """Texts end in the end of sequence, are laid end to end and cut into samples of exactly the length; what is left
+    over is dropped, unless it is all there is.
+    """
+    ids = np.concatenate([document.ids for document in _documents(rows, layout, tokenizer)])
+    found = list(pieces(Sample(ids, np.ones(len(ids), np.bool_)), max_seq_len, bos_of(tokenizer)))
+    left_over = len(found) > 1 and len(found[-1].ids) < max_seq_len
+    kept = found[:-1] if left_over else found
+    return Built(kept, list(range(len(kept))), 0, int(left_over), "text", "none")
+
+
+def _documents(rows: list[Row], layout: Layout, tokenizer: Any) -> Iterator[Sample]:
+    marks = marks_of(tokenizer)
+    texts = (text_of(row, layout) for row in rows)
+    return encode_texts(tokenizer, (marks.closed(Rendered(text, ((0, len(text)),))).text for text in texts))
 
 
 def _build_chats(

@@ -111,7 +111,16 @@ def _sources(recipe: Recipe) -> list[Source]:
 
 
 def _fingerprint(recipe: Recipe, tokenizer: Any, max_seq_len: int, sources: list[Source]) -> str:
-    settings = {"format", "columns", "template", "train_on_prompt", "truncation", "eval_fraction", "seed"}
+    settings = {
+        "format",
+        "columns",
+        "template",
+        "train_on_prompt",
+        "truncation",
+        "eval_fraction",
+        "seed",
+        "join_documents",
+    }
     made_of = {
         "code": _CODE_VERSION,
         "recipe": recipe.model_dump(mode="json", include=settings),

@@ -78,7 +78,7 @@ class _Text:
 
     def take(self, x: Tensor) -> None:
         """Go on from the last layer's output [1, T, H]."""
-        logits = self.decoder.logits(self.decoder.finish(x)[0, -1:])[0].float().cpu()
+        logits = self.decoder.logits(self.decoder.finish(x[:, -1:])[0])[0].float().cpu()
         token = _pick(logits, self.temperature, self.source)
         if token in self.stop:
             self.room = 0

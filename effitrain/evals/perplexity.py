@@ -1,12 +1,13 @@
 """Loss and perplexity of a model on a token set."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from effitrain.core.errors import InputError
-from effitrain.data.batches import Batches
+from effitrain.data.batches import Batches, MicroBatch
 from effitrain.model.decoder import Decoder
 from effitrain.train.loss import loss_sum
 
@@ -31,15 +32,27 @@ def evaluate_loss(decoder: Decoder, batches: Batches) -> Evaluation:
     Raises:
         InputError: the set has no trained token.
     """
-    training = decoder.training
-    decoder.eval()
     total, tokens = 0.0, 0
-    for index in range(batches.per_epoch):
-        batch = batches.get(index)
-        if batch.trained_tokens:
-            total += loss_sum(decoder, batch).item()
-            tokens += batch.trained_tokens
-    decoder.train(training)
-    if not tokens:
-        raise InputError("The evaluation set has no token to score.", next_step="Check --eval-dataset and --template.")
+    for batch in scored(decoder, batches):
+        total += loss_sum(decoder, batch).item()
+        tokens += batch.trained_tokens
     return Evaluation(total / tokens, tokens)
+
+
+def scored(decoder: Decoder, batches: Batches) -> Iterator[MicroBatch]:
+    """The micro-batches that have a trained token, while ``decoder`` is in evaluation mode.
+
+    Raises:
+        InputError: there is none.
+    """
+    training, found = decoder.training, False
+    decoder.eval()
+    try:
+        for batch in map(batches.get, range(batches.per_epoch)):
+            if batch.trained_tokens:
+                found = True
+                yield batch
+    finally:
+        decoder.train(training)
+    if not found:
+        raise InputError("The evaluation set has no token to score.", next_step="Check --eval-dataset and --template.")

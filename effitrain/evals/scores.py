@@ -1,16 +1,29 @@
 """The losses of a run on its evaluation set."""
 
 from collections.abc import Callable
+from dataclasses import astuple
 
 from effitrain.data.batches import Batches
 from effitrain.evals.perplexity import Evaluation, evaluate_loss
+from effitrain.evals.positions import (
+    Bucket,
+    ByPosition,
+    beyond_its_length,
+    default_bucket,
+    longest_sample,
+    loss_by_position,
+    overall,
+)
 from effitrain.io.run_folder import RunFolder
 from effitrain.model.decoder import Decoder
 from effitrain.train.state import TrainState
 
 
 class Scores:
-    """Losses on the evaluation set by step, noted in the run folder so that a resumed run keeps them."""
+    """Losses on the evaluation set by step, noted in the run folder so that a resumed run keeps them.
+
+    Where samples are longer than a bucket of positions, also the losses by position, first and last.
+    """
 
     def __init__(
         self,
@@ -22,12 +35,29 @@ class Scores:
     ):
         self.decoder, self.batches, self.folder, self.state, self.tell = decoder, batches, folder, state, tell
         self.points = [(step, loss) for step, loss in folder.notes.get("evals", []) if step <= state.step]
+        noted = folder.notes.get("positions", [])
+        self.positions = [(step, tuple(Bucket(*b) for b in buckets)) for step, buckets in noted if step <= state.step]
+        self.longest, self.made_for = longest_sample(batches), decoder.spec.max_positions
+        self.bucket = default_bucket(self.longest, self.made_for)
 
     def add(self, when: str) -> None:
         """Evaluate now; does nothing when there is no evaluation set."""
         if not self.batches.per_epoch:
             return
-        evaluation = evaluate_loss(self.decoder, self.batches)
+        evaluation = self._by_position() if self.longest > self.bucket else evaluate_loss(self.decoder, self.batches)
         self.points.append((self.state.step, evaluation.loss))
-        self.folder.note(evals=self.points)
+        noted = [(step, [astuple(bucket) for bucket in buckets]) for step, buckets in self.positions]
+        self.folder = self.folder.note(evals=self.points, positions=noted)
         self.tell(when, evaluation)
+
+    def by_position(self) -> ByPosition | None:
+        """The first and the last evaluation by position; None where there is none."""
+        if len(self.positions) < 2:
+            return None
+        first, last = self.positions[0][1], self.positions[-1][1]
+        return ByPosition(first, last, beyond_its_length(last, self.longest, self.made_for))
+
+    def _by_position(self) -> Evaluation:
+        buckets = loss_by_position(self.decoder, self.batches, self.bucket)
+        self.positions = [*self.positions[:1], (self.state.step, buckets)]
+        return overall(buckets)

@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, H hidden size, Hq and Hkv heads, D head dimension.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from effitrain.kernels.backend import usable
@@ -17,18 +18,56 @@ from effitrain.kernels.lora_qkv import lora_qkv
 from effitrain.kernels.rms_norm import rms_norm
 from effitrain.kernels.rope import rope
 from effitrain.model.attention import attention
+from effitrain.model.tiles import in_tiles
 
 
-class RMSNorm(nn.Module):
-    """Llama's norm, with the weight of the stock one; a trained weight, in float32, is rounded to the dtype of x."""
+class Norm(nn.Module):
+    """A norm of each token's hidden state, with the weight of the stock one.
 
-    def __init__(self, stock: Any):
+    ``tile``: tokens that are normed at a time; None for all. ``deferred``: the block that follows norms its tiles
+    itself, and the norm hands its input on.
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float):
         super().__init__()
-        self.weight, self.eps = stock.weight, stock.variance_epsilon
+        self.weight, self.eps = weight, eps
+        self.tile: int | None = None
+        self.deferred = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
+        if self.deferred:
+            return x
+        if self.tile is None:
+            return self.compute(x)
+        return in_tiles(self.compute, x, trainable(self), self.tile)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The norm itself."""
+        raise NotImplementedError
+
+
+class RMSNorm(Norm):
+    """Llama's norm; a trained weight, in float32, is rounded to the dtype of x."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        """``w x / rms(x)``."""
         return rms_norm(x, self.weight.to(x.dtype), self.eps)
+
+
+class GemmaNorm(Norm):
+    """Gemma's, which scales by ``1 + w`` in float32."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        """``(1 + w) x / rms(x)``."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * (1.0 + self.weight.float())).type_as(x)
+
+
+def trainable(*modules: nn.Module) -> list[Tensor]:
+    """The parameters of ``modules`` that get gradients."""
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
 class SelfAttention(nn.Module):
@@ -95,7 +134,9 @@ def operands(kernel: str, x: Tensor, *projections: Any) -> list[Linear] | None:
 
 
 def replace_norms(model: nn.Module) -> None:
-    """Put ``RMSNorm`` in the place of every norm that computes what Llama's does."""
+    """Put our norms in the place of every one that computes what Llama's or Gemma's does."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "variance_epsilon"):
-            model.set_submodule(name, RMSNorm(module))
+            model.set_submodule(name, RMSNorm(module.weight, module.variance_epsilon))
+        elif type(module).__name__ == "GemmaRMSNorm":
+            model.set_submodule(name, GemmaNorm(module.weight, module.eps))

@@ -18,8 +18,9 @@ from effitrain.core.spec import PRUNABLE, LinearSpec, ModelSpec
 from effitrain.kernels.lora_mlp import lora_mlp
 from effitrain.kernels.swiglu import Activation, swiglu
 from effitrain.model import attention
-from effitrain.model.blocks import SelfAttention, operands, replace_norms
+from effitrain.model.blocks import Norm, SelfAttention, operands, replace_norms, trainable
 from effitrain.model.recompute import recompute
+from effitrain.model.tiles import in_tiles
 from effitrain.quant.linear import FrozenLinear
 from effitrain.stream.offload import Offload
 from effitrain.stream.streamer import Streamer
@@ -66,7 +67,8 @@ _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gel
 class GatedMLP(nn.Module):
     """``down(act(gate(x)) * up(x))``; with SiLU it keeps one wide tensor less for backward than stock code.
 
-    ``recomputed``: keep the input alone for backward.
+    ``recomputed``: keep the input alone for backward. ``tile``: tokens that are taken at a time, from their norm on;
+    None for all.
     """
 
     def __init__(self, stock: nn.Module, act: str):
@@ -75,6 +77,8 @@ class GatedMLP(nn.Module):
         self.act_fn = None if act == "silu" else stock.act_fn
         self.activation = _ACTIVATIONS.get(act)
         self.recomputed = False
+        self.tile: int | None = None
+        self._norm: tuple[Norm, ...] = ()  # in a tuple, for it is no part of this module
 
     @property
     def last(self) -> FrozenLinear:
@@ -83,9 +87,19 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
+        if self.tile is not None:
+            return in_tiles(self._normed, x, trainable(self._norm[0], self), self.tile, self.last)
         if self.recomputed and torch.is_grad_enabled():
-            return recompute(self._compute, x, [p for p in self.parameters() if p.requires_grad], self.last)
+            return recompute(self._compute, x, trainable(self), self.last)
         return self._compute(x)
+
+    def set_tile(self, tile: int | None, norm: Norm) -> None:
+        """Take so many tokens at a time, and those through ``norm`` first, which then hands its input on."""
+        self.tile, self._norm = tile, (norm,)
+        norm.deferred = tile is not None
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return self._compute(self._norm[0].compute(x))
 
     def _compute(self, x: Tensor) -> Tensor:
         linears = operands("lora_mlp", x, self.gate_proj, self.up_proj, self.down_proj)
@@ -179,7 +193,7 @@ class Decoder(nn.Module):
             return streamer.hold(index) if streamer is not None and streamed else nullcontext()
 
         if torch.is_grad_enabled() and (streamed or self.recompute_layers):
-            parameters = [p for p in layer.parameters() if p.requires_grad]
+            parameters = trainable(layer)
             last: FrozenLinear = layer.mlp.last  # type: ignore[union-attr, assignment]
             return recompute(compute, x, parameters, last, self.offload, hold)
         with hold():
@@ -202,6 +216,14 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             streamed = self.streamer is not None and index in self.streamer
             layer.mlp.recomputed = what == "mlp" and not streamed  # type: ignore[union-attr]
+
+    def set_tile(self, tile: int | None) -> None:
+        """Take ``tile`` tokens at a time through what computes each by itself: norms and MLPs; None for all."""
+        norms: list[Any] = [self.model.norm, *(layer.input_layernorm for layer in self.layers)]
+        for norm in norms:
+            norm.tile = tile
+        for layer in self.layers:
+            layer.mlp.set_tile(tile, layer.post_attention_layernorm)  # type: ignore[union-attr, operator]
 
 
 def build(spec: ModelSpec, config: Mapping[str, Any], name: str) -> Decoder:

@@ -13,9 +13,10 @@ from effitrain.core.recipe import Recipe
 from effitrain.core.report import DataUse, Losses, Memory, Report
 from effitrain.core.units import format_bytes
 from effitrain.data.prepare import DataStats
+from effitrain.evals.positions import ByPosition
 from effitrain.io.atomic import write_bytes, write_json, write_text
 from effitrain.report.html import render_report
-from effitrain.report.plots import loss_png, timeline_png
+from effitrain.report.plots import loss_png, positions_png, timeline_png
 from effitrain.stream.engine import Span, Traffic
 from effitrain.train.state import TrainState
 
@@ -35,6 +36,7 @@ def write_report(
     stream: Mapping[str, Any] | None = None,
     timeline: Sequence[Span] = (),
     prune: Mapping[str, Any] | None = None,
+    positions: ByPosition | None = None,
 ) -> Report:
     """Write the report of a finished run; report.json comes last, for it marks the run as finished.
 
@@ -49,6 +51,7 @@ def write_report(
         stream: what ``stream_figures`` says, where layers streamed.
         timeline: of the last streamed pass, in seconds.
         prune: what pruning and recovery did, for a run that pruned.
+        positions: losses on the evaluation set by position, where its samples are long.
     """
     scored = [loss for _, loss in evals]
     report = Report(
@@ -64,14 +67,19 @@ def write_report(
         versions=versions(),
         prune=prune,
         adapter="adapter" if (folder / "adapter").is_dir() else None,
-        warnings=tuple(_warnings(plan, data, evals, measured_peak_bytes)),
+        warnings=tuple(_warnings(plan, data, evals, measured_peak_bytes, positions)),
         stream=stream,
+        positions=positions.rows() if positions else None,
     )
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     png = loss_png(metrics, evals, report.trained_small)
     write_bytes(folder / "loss.png", png)
-    second = timeline_png(timeline) if timeline else None
-    write_text(folder / "report.html", render_report(report.to_json(), plan.to_json(), metrics, png, second))
+    pictures = (
+        png,
+        timeline_png(timeline) if timeline else None,
+        positions_png(report.positions) if report.positions else None,
+    )
+    write_text(folder / "report.html", render_report(report.to_json(), plan.to_json(), metrics, *pictures))
     write_json(folder / "report.json", report.to_json())
     return report
 
@@ -97,7 +105,11 @@ def stream_figures(before: Traffic | None, after: Traffic, streamed: int, reside
 
 
 def _warnings(
-    plan: Plan, data: DataStats, evals: Sequence[tuple[int, float]], measured_peak_bytes: int
+    plan: Plan,
+    data: DataStats,
+    evals: Sequence[tuple[int, float]],
+    measured_peak_bytes: int,
+    positions: ByPosition | None,
 ) -> Iterator[str]:
     """What a user should know of a run that went through."""
     lost = data.truncated + data.dropped
@@ -110,6 +122,8 @@ def _warnings(
         yield "There was no evaluation set, so whether the model got better was not measured."
     elif evals[-1][1] > evals[0][1]:
         yield f"The evaluation loss rose from {evals[0][1]:.4f} to {evals[-1][1]:.4f}: try a smaller --lr."
+    if positions and positions.warning:
+        yield positions.warning
     if measured_peak_bytes > _MORE * plan.peak_bytes:
         yield (f"The step took {format_bytes(measured_peak_bytes)}, the plan expected {format_bytes(plan.peak_bytes)}.")
 

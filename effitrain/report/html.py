@@ -22,6 +22,7 @@ def render_report(
     metrics: Sequence[Mapping[str, Any]],
     loss_png: bytes | None,
     timeline_png: bytes | None = None,
+    positions_png: bytes | None = None,
 ) -> str:
     """The page for a run.
 
@@ -31,6 +32,7 @@ def render_report(
         metrics: the lines of ``metrics.jsonl``.
         loss_png: the loss curve, or None to leave it out.
         timeline_png: copies and computation of a streamed pass, or None.
+        positions_png: the loss by position, or None.
     """
     sections = [
         _headline(report),
@@ -38,6 +40,7 @@ def render_report(
         _section(
             "Loss", _picture("Loss by step", loss_png) + _steps(metrics, bool(report["prune"] and report["adapter"]))
         ),
+        _section("Loss by position", _picture("Loss by position", positions_png) + _positions(report["positions"])),
         _section("Memory", _memory(report["memory"]) + _ledger(plan["ledger"])),
         _section("Plan", _list(plan.get("reasons", ())) + _pairs(plan.get("settings", {}))),
         _section("Data", _pairs(report["data"])),
@@ -106,6 +109,14 @@ def _steps(metrics: Sequence[Mapping[str, Any]], small: bool) -> str:
     ]
     of = " of the small model" if small else ""
     return f"<details><summary>{len(metrics):,} steps{of}</summary>{_table(header, rows)}</details>"
+
+
+def _positions(buckets: Sequence[Mapping[str, Any]] | None) -> str:
+    rows = [
+        [f"{b['start']:,} to {b['end'] - 1:,}", f"{b['tokens']:,}", f"{b['before']:.4f}", f"{b['after']:.4f}"]
+        for b in buckets or ()
+    ]
+    return _table(["positions", "tokens", "loss before", "loss after"], rows) if rows else ""
 
 
 def _memory(memory: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""The pictures of a run as PNG: its loss curve, and the timeline of layers that stream."""
+"""The pictures of a run as PNG: its loss curve, its loss by position, and the timeline of layers that stream."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +55,24 @@ def timeline_png(spans: Sequence[Span]) -> bytes:
     axes.xaxis.set_major_locator(AutoLocator())
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend(frameon=False, labelcolor=INK, loc="upper center")
+    return _png(figure)
+
+
+def positions_png(buckets: Sequence[Mapping[str, Any]]) -> bytes:
+    """Loss by position in the sample, before and after training, as PNG bytes of 1600 x 800 pixels.
+
+    Args:
+        buckets: ``start``, ``end``, ``before`` and ``after``, as in the report.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=200, layout="constrained")
+    axes = figure.add_subplot(xlabel="position in the sample", ylabel="loss (nats per trained token)")
+    middles = [(bucket["start"] + bucket["end"]) / 2 for bucket in buckets]
+    for when, color in (("before", EVAL), ("after", TRAIN)):
+        losses = [bucket[when] for bucket in buckets]
+        axes.plot(middles, losses, color=color, linewidth=2, marker="o", markersize=4, label=f"{when} training")
+    _plain_style(axes)
     return _png(figure)
 
 

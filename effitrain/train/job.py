@@ -79,11 +79,18 @@ def keep_less(decoder: Decoder, recipe: Recipe, by_layer: bool = False) -> None:
     micro-batches of a step.
     """
     decoder.set_recompute(recipe.recompute)
+    decoder.set_tile(tile_of(recipe))
     if recipe.offload_activations == "on":
         tokens = chosen(recipe.batch_size) * chosen(recipe.max_seq_len)
         dtype = DTYPES[recipe.dtype]
         inputs = len(decoder.layers) * (chosen(recipe.grad_accum) if by_layer else 1)
         decoder.offload = Offload(inputs, tokens, decoder.spec.hidden, dtype, decoder.device)
+
+
+def tile_of(recipe: Recipe) -> int | None:
+    """Tokens of a tile; None where all tokens of a micro-batch go at once."""
+    tokens, tiles = chosen(recipe.batch_size) * chosen(recipe.max_seq_len), chosen(recipe.mlp_tiles)
+    return -(-tokens // tiles) if tiles > 1 else None
 
 
 def _course(recipe: Recipe, batches: Batches, by_layer: bool) -> Course:

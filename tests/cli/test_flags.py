@@ -19,12 +19,13 @@ from effitrain.planning import plan, recipe
 ADAPT = "--model --weights --gpu-mem --host-mem --quant --dtype --batch-size --max-seq-len --seed --adapter --config"
 DATA = (
     "--dataset --format --columns --template --train-on-prompt --no-train-on-prompt --truncation --packing --no-packing"
+    " --join-documents --no-join-documents"
 )
 RUN = f"""
     {DATA} --config --model --weights --eval-dataset --eval-fraction --eval-every
     --output-dir -o --save-every --keep-checkpoints --resume --report-to
     --gpu-mem --host-mem --gpu --fit --prefer --resident-layers --stream-order --quant --dtype --recompute
-    --offload-activations
+    --offload-activations --mlp-tiles
     --prune-ratio --prune-parts --prune-exempt
     --max-seq-len --batch-size --grad-accum --lr --schedule --warmup --epochs --max-steps --seed
     --weight-decay --max-grad-norm --optimizer
@@ -127,16 +128,18 @@ PLAN = {
     "gpu_mem": 2**30, "host_mem": 2**30, "gpu": "t4", "quant": "nf4", "dtype": "fp32", "recompute": "layer",
     "max_seq_len": 40, "batch_size": 2, "grad_accum": 3, "optimizer": "adamw8bit", "lora_r": 2,
     "lora_targets": ("q_proj",), "model": "llama-3.2-1b", "fit": "stream", "offload_activations": "on",
-    "prefer": "fast", "resident_layers": 0, "stream_order": "micro-batch",
+    "prefer": "fast", "resident_layers": 0, "stream_order": "micro-batch", "mlp_tiles": 4,
 }  # fmt: skip
 # Fields that matter only beside others.
 BESIDE = {
     "prefer": {"model": "llama-70b", "gpu_mem": 20 * 2**30, "host_mem": 2**36, "quant": "nf4", "gpu": "rtx4090"},
     "resident_layers": {"fit": "stream"}, "stream_order": {"fit": "stream", "batch_size": 1, "grad_accum": 2},
+    "join_documents": {"format": "text"},
 }  # fmt: skip
 TOKENS = {
     "dataset": "other", "format": "text", "columns": {"completion": "text"}, "template": "chatml",
     "train_on_prompt": True, "truncation": "left", "eval_dataset": "other", "eval_fraction": 0.5,
+    "join_documents": True,
 }  # fmt: skip
 TRAINING = {
     "weights": "synthetic:7", "packing": True, "lr": 1e-3, "schedule": "constant", "warmup": 0.9, "epochs": 2.0,
@@ -207,7 +210,8 @@ def test_fields_that_change_the_tokens(base, changed, tmp_path, field):
         tokens = prepare_data(asked, find_base(asked.model).tokenizer(), 96, tmp_path)
         return [array.tobytes() for part in (tokens.train, tokens.eval) for array in vars(part).values()]
 
-    assert view(recipe(**base)) != view(changed(field, TOKENS[field]))
+    beside = BESIDE.get(field, {})
+    assert view(recipe(**{**base, **beside})) != view(changed(field, TOKENS[field], **beside))
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,21 @@ def test_eight_bit_states_come_only_on_top_of_the_leanest() -> None:
     assert best([*exact, rounded], cuda(need - 1)) == rounded
 
 
+def test_tiles_come_only_where_nothing_else_fits() -> None:
+    fields = {"max_seq_len": 32768, "batch_size": 1, "recompute": "layer", "offload_activations": "on"}
+    whole = pick(cuda(24 * GIB), **fields, optimizer="adamw")
+    assert whole.settings.mlp_tiles == 1
+    tiled = pick(cuda(whole.peak - 1), **fields)
+    assert (tiled.settings.mlp_tiles, tiled.settings.tile, tiled.settings.optimizer) == (8, 4096, "adamw")
+    assert tiled.peak < 0.7 * whole.peak
+    assert pick(cuda(whole.peak - 1), **fields, lora_dropout=0.1).settings.mlp_tiles == 1
+    assert pick(cuda(tiled.peak - 1), **fields).settings.optimizer == "adamw8bit"
+    assert pick(cuda(4 * GIB), **{**fields, "max_seq_len": 4096}).settings.mlp_tiles == 1
+    asked = pick(cuda(24 * GIB), **fields, mlp_tiles=3)
+    assert (asked.settings.mlp_tiles, asked.settings.tile) == (3, 10923)
+    assert 0.9 * whole.tokens_per_second < asked.tokens_per_second < whole.tokens_per_second
+
+
 def test_streamed_layers_stay_where_there_is_room() -> None:
     spec, recipe = (
         preset("llama-70b"),

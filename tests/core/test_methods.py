@@ -35,6 +35,7 @@ def test_full_tuning_has_defaults_of_its_own() -> None:
         ({"prune_ratio": 0.5}, "nothing can be recovered"),
         ({"lora_r": 8}, "--lora-r is for adapters"),
         ({"init_adapter": "x"}, "--init-adapter is for adapters"),
+        ({"mlp_tiles": 2}, "--mlp-tiles is for adapters"),
     ],
 )
 def test_what_full_tuning_cannot_use_is_refused(fields, reason) -> None:

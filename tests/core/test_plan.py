@@ -49,7 +49,7 @@ def test_json_has_exactly_the_keys_of_the_contract() -> None:
         )
         assert set(content["settings"]) == {
             "max_seq_len", "batch_size", "grad_accum", "dtype", "recompute", "offload", "optimizer", "lr", "streamed",
-            "on_disk", "by_layer",
+            "on_disk", "by_layer", "mlp_tiles",
         }  # fmt: skip
         assert json.loads(json.dumps(content)) == content
 
@@ -242,7 +242,7 @@ def test_resolve_fills_in_what_was_open_and_nothing_else() -> None:
     changed = {key for key, value in full if value != getattr(recipe, key)}
     assert changed == {
         "max_seq_len", "batch_size", "grad_accum", "dtype", "recompute", "lr", "fit", "optimizer",
-        "offload_activations",
+        "offload_activations", "mlp_tiles",
     }  # fmt: skip
     again = make_plan(preset("llama-3.1-8b"), full, PLENTY)
     assert again.settings == made.settings and again.ledger == made.ledger

@@ -159,6 +159,29 @@ def test_long_texts_are_cut_and_short_ones_kept_apart(jsonl, tokenizer):
     assert prepared.stats.truncated == prepared.stats.dropped == 0
 
 
+def test_joined_documents_fill_every_row_and_only_the_tail_is_lost(jsonl, tokenizer):
+    rows = [{"text": "x" * 30}, {"text": "y" * 5}, {"text": "z" * 60}]
+    prepared = made(tokenizer, jsonl(rows), 16, eval_fraction=0, join_documents=True)
+    assert set(prepared.train.lengths) == {16}
+    ids = prepared.train.input_ids.reshape(-1, 16)
+    assert (ids[:, 0] == tokenizer.bos_token_id).all()
+    stream = "x" * 30 + "</s><s>" + "y" * 5 + "</s><s>" + "z" * 60 + "</s>"
+    tail = (30 + 2 + 5 + 2 + 60 + 1) % 15  # each mark is one token
+    assert tokenizer.decode(ids[:, 1:].flatten()) + "z" * (tail - 1) + "</s>" == stream
+    assert prepared.stats.dropped == 1 and prepared.train.trained_tokens == 15 * len(ids)
+
+
+def test_joined_text_shorter_than_a_row_is_kept(jsonl, tokenizer):
+    prepared = made(tokenizer, jsonl([{"text": "ab"}, {"text": "c"}]), 16, eval_fraction=0, join_documents=True)
+    assert [whole for whole, _ in texts(tokenizer, prepared.train)] == ["<s>ab</s><s>c</s>"]
+    assert prepared.stats.dropped == 0
+
+
+def test_conversations_are_not_joined(jsonl, tokenizer):
+    with pytest.raises(InputError, match=r"--join-documents is for running text, and .* is prompt-completion"):
+        made(tokenizer, jsonl(pairs(3)), join_documents=True)
+
+
 @pytest.mark.parametrize(
     ("rows", "fraction", "held_out"),
     [(100, 0.05, 5), (100, 0, 0), (2, 0.05, 1), (1, 0.05, 0), (3, 0.9, 2), (5000, 0.05, 200), (30, 0.05, 2)],

@@ -65,6 +65,24 @@ def test_eval_scores_as_the_run_did(effitrain, model, out, counting):
     assert said.code == 0 and f"loss {after['loss']:.4f}" in said.out
 
 
+def test_eval_by_position_and_passkeys(effitrain, model, counting):
+    common = ["eval", "--model", model, "--quant", "none", "--max-seq-len", 96]
+    whole = json.loads(effitrain(*common, "--dataset", counting, "--json").out)
+    by_position = json.loads(effitrain(*common, "--dataset", counting, "--by-position", 16, "--json").out)
+    buckets = by_position.pop("by_position")
+    assert [(bucket["start"], bucket["end"]) for bucket in buckets] == [(n, n + 16) for n in range(32, 96, 16)]
+    assert by_position["tokens"] == sum(bucket["tokens"] for bucket in buckets) == whole["tokens"]
+    assert by_position["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    said = effitrain(*common, "--dataset", counting, "--by-position")
+    assert said.code == 0 and said.out.splitlines()[1].startswith("positions      0 to    255  loss")
+    keys = json.loads(effitrain(*common, "--passkey", "400,500", "--json").out)
+    assert list(keys) == ["model", "adapter", "passkey"]
+    assert [(one["length"], one["trials"]) for one in keys["passkey"]] == [(400, 5)] * 5 + [(500, 5)] * 5
+    for bad in ("x", "0", "400;500"):
+        assert effitrain(*common, "--passkey", bad).code == effitrain(*common, "--by-position", bad).code == 2
+    assert "has no room for the question" in effitrain(*common, "--passkey", 60).err
+
+
 def test_chat_answers_once(effitrain, model, out):
     common = ["chat", "--model", model, "--adapter", out, "--quant", "none", "--prompt", "Count from 5"]
     greedy = [effitrain(*common, "--max-new-tokens", 24) for _ in range(2)]

@@ -71,6 +71,17 @@ def test_loss_and_gradients(tiny_model, close, monkeypatch, family, quant, what,
         close(value, wanted, TOLERANCE)
 
 
+def test_in_tiles(tiny_model, close, monkeypatch):
+    decoder = _decoder(tiny_model("llama", layers=1), "nf4", ALL)
+    decoder.set_recompute("layer")
+    decoder.set_tile(5)
+    found = _loss_and_gradients(decoder)
+    decoder.set_tile(None)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    for value, wanted in zip(found, _loss_and_gradients(decoder), strict=True):
+        close(value, wanted, TOLERANCE)
+
+
 def test_widths_as_pruning_leaves_them(tiny_model, close, monkeypatch):
     """No multiple of anything: three heads of 12, each with its own keys, 53 channels."""
     decoder = _decoder(tiny_model("llama", layers=1, hidden=36, heads=3, kv_heads=3, ffn=53), "nf4", None)

@@ -62,6 +62,7 @@ def report() -> dict:
         "data": {"samples": 2000, "trained_share": 0.4321, "truncated": 3, "dropped": 1},
         "stream": None,
         "prune": None,
+        "positions": None,
         "adapter": "adapter",
         "versions": {"torch": "2.13.0", "effitrain": "0.1.0"},
         "warnings": [],
@@ -166,3 +167,13 @@ def test_the_ledger_is_a_bar_too(report, plan):
     assert 'style="width:60.00%;background:#2a78d6" title="frozen weights 6.0 GiB"' in page
     assert 'style="width:40.00%;background:#d9622b" title="adapter 4.0 GiB"' in page
     assert page.count('<div class="stack">') == 2 and "embedding 1.0 GiB" in text_of(page)
+
+
+def test_losses_by_position(report, plan):
+    assert "Loss by position" not in render_report(report, plan, metrics(2), PNG)
+    report["positions"] = [
+        {"start": 0, "end": 1024, "tokens": 5000, "before": 2.5, "after": 2.25},
+        {"start": 1024, "end": 2048, "tokens": 4000, "before": 9.0, "after": 2.125},
+    ]
+    page = render_report(report, plan, metrics(2), PNG, None, PNG)
+    assert "1,024 to 2,047 4,000 9.0000 2.1250" in text_of(page) and 'alt="Loss by position"' in page

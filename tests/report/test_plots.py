@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from effitrain.report.plots import SMOOTHED_FROM, loss_png, running_mean, timeline_png
+from effitrain.report.plots import SMOOTHED_FROM, loss_png, positions_png, running_mean, timeline_png
 from effitrain.stream.engine import Span
 
 
@@ -54,3 +54,12 @@ def test_importing_the_room_is_cheap():
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_losses_by_position_give_a_png_of_both_curves():
+    from PIL import Image
+
+    buckets = [{"start": n, "end": n + 1, "before": 4.0 + n, "after": 3.0} for n in range(4)]
+    image = Image.open(io.BytesIO(positions_png(buckets)))
+    colours = {colour for _, colour in image.convert("RGB").getcolors(2**20)}
+    assert image.size == (1600, 800) and {(0x2A, 0x78, 0xD6), (0xD9, 0x62, 0x2B)} <= colours

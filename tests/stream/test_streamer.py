@@ -218,3 +218,16 @@ def test_layer_inputs_may_wait_on_the_host_too(resident, trial, micro_batches):
         )
         for _ in range(2):
             assert equal(streamed.step(micro, by_layer), expected)
+
+
+def test_norms_and_mlps_in_tiles(resident, trial, micro_batches):
+    folder, whole = resident("llama")
+    tiled = trial(folder)
+    tiled.decoder.set_tile(7)
+    expected = tiled.step(micro_batches())
+    assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(expected, whole, strict=True))
+    for count in (0, 2):
+        streamed = trial(folder, place(LAYERS, count, 2))
+        streamed.decoder.set_tile(7)
+        for by_layer in (False, True):
+            assert equal(streamed.step(micro_batches(), by_layer), expected)

@@ -43,6 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "stream_order": "micro-batch",
     },
     "by layer": {"fit": "stream", "resident_layers": 0, "stream_order": "layer", "grad_accum": 4},
+    "tiled": {"fit": "stream", "resident_layers": 0, "stream_order": "micro-batch", "mlp_tiles": 4},
     "pruned": {"fit": "prune", "prune_ratio": 0.85, "recompute": "layer", "offload_activations": "off"},
     "pruned, streamed": {"fit": "prune", "prune_ratio": 0.5, "resident_layers": 4, "stream_order": "micro-batch"},
 }
@@ -164,6 +165,9 @@ CPU_WAYS: dict[str, dict[str, Any]] = {
     "half precision": {"dtype": "bf16"},
     "dropout": {"lora_dropout": 0.1},
     "streamed": {"fit": "stream", "resident_layers": 1, "stream_order": "micro-batch"},
+    "tiled": {"recompute": "layer", "mlp_tiles": 5},
+    "tiled, half precision": {"recompute": "layer", "offload_activations": "on", "mlp_tiles": 3, "dtype": "bf16"},
+    "tiled, some linears": {"recompute": "layer", "mlp_tiles": 8, "lora_targets": "q_proj,down_proj"},
     "8-bit states": {"optimizer": "adamw8bit"},
     "some linears": {"lora_targets": "q_proj,lm_head"},
     "full": {"method": "full"},

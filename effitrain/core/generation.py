@@ -1,0 +1,29 @@
+"""How many texts may be generated at a time: their keys and values must lie beside the weights."""
+
+from effitrain.core.budget import MemoryBudget
+from effitrain.core.ledger import Settings, gpu_bytes
+from effitrain.core.memory import held_lines
+from effitrain.core.recipe import Recipe
+from effitrain.core.spec import LayerSpec, ModelSpec
+
+
+def texts_at_once(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget, tokens: int) -> int:
+    """How many texts of ``tokens`` have room for their keys, values and hidden states on the device, beside what a
+    training step holds there and one layer at work; 0 where not even one has.
+    """
+    room = budget.gpu_bytes - gpu_bytes(held_lines(spec, recipe, settings, budget))
+    at_work = max(_at_work(layer, spec, settings, tokens) for layer, _ in spec.shapes)
+    cached = sum(2 * _width(layer, "k_proj") * count for layer, count in spec.shapes)
+    each = tokens * (cached + spec.hidden) * settings.width
+    return max(0, (room - at_work) // each)
+
+
+def _at_work(layer: LayerSpec, spec: ModelSpec, settings: Settings, tokens: int) -> int:
+    """Bytes of one layer on one text: the attention's tensors or the MLP's, a norm's in float32, and a weight."""
+    wide = max(3 * min(tokens, settings.tile) * _width(layer, "gate_proj"), 4 * tokens * _width(layer, "q_proj"))
+    weight = max(linear.weights for linear in layer.linears)
+    return (wide + 3 * tokens * spec.hidden + weight) * settings.width + 2 * 4 * tokens * spec.hidden
+
+
+def _width(layer: LayerSpec, leaf: str) -> int:
+    return next(linear.out_features for linear in layer.linears if linear.leaf == leaf)
