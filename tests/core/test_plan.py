@@ -360,3 +360,26 @@ def test_a_larger_budget_never_gives_a_worse_plan(
     small = make_plan(spec, recipe, MemoryBudget(2**power, 2**60, 0, device))
     large = make_plan(spec, recipe, MemoryBudget(int(2**power * times), 2**60, 0, device))
     assert not small.fits or quality(large) >= quality(small)
+
+
+def test_a_70b_at_32k_tokens_streams_within_24_gib_and_64_gib() -> None:
+    found = make_plan(
+        preset("llama-3.1-70b"),
+        make_recipe({"max_seq_len": 32768, "batch_size": 1}),
+        MemoryBudget(24 * GIB, 64 * GIB, GIB * 12 // 10, "cuda"),
+    )
+    assert found.fits and found.fit == "stream" and found.settings.offload
+    (inputs,) = (line for line in found.ledger if line.what == "layer inputs, offloaded")
+    assert (inputs.where, inputs.bytes) == ("host", 80 * 32768 * 8192 * 2)
+
+
+def test_layer_inputs_wait_on_the_host_where_long_samples_fill_the_device() -> None:
+    def settings(tokens: int) -> Any:
+        recipe = make_recipe({"max_seq_len": tokens, "batch_size": 1, "fit": "resident"})
+        found = make_plan(preset("llama-3.1-8b"), recipe, MemoryBudget(16 * GIB, 64 * GIB, GIB, "cuda"))
+        offloaded = sum(line.bytes for line in found.ledger if line.what == "layer inputs, offloaded")
+        assert found.fits and offloaded == found.settings.offload * 32 * tokens * 4096 * 2
+        return found.settings
+
+    found = [(s.recompute, s.offload, s.mlp_tiles) for s in map(settings, (2048, 16384, 32768, 65536))]
+    assert found == [("none", False, 1), ("layer", False, 1), ("layer", True, 1), ("layer", True, 16)]

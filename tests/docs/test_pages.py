@@ -1,4 +1,4 @@
-"""Every command and every Python example of the guide runs, from an empty folder, and prints what the page shows.
+"""Every command and every Python example of the guide, and of long_context.md, runs and prints what the page shows.
 
 A page is run from top to bottom in one folder. ``sh`` and ``python`` blocks are executed; ``sh exit=2`` must end with
 that code. A ``text`` block is what the block before it prints: its lines appear in that order, any number may stand for
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide"
-PAGES = sorted(GUIDE.glob("*.md"))
+PAGES = [*sorted(GUIDE.glob("*.md")), GUIDE.parent / "long_context.md"]
 _BLOCK = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _NUMBER = r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?"
 _LOOSE = re.compile(rf"({_NUMBER}|\.\.\.)")

@@ -209,3 +209,14 @@ def test_the_same_of_a_hundred_million_parameters(way: str, tmp_path: Any) -> No
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert abs(measured_error(str(tmp_path), weights="synthetic", **CPU_WAYS[way])) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiles", [1, 8])
+def test_a_70b_at_32k_tokens_is_proved_within_24_gib(tiles: int) -> None:
+    spec, config = preset("llama-3.1-70b")
+    recipe = make_recipe({"max_seq_len": 32768, "batch_size": 1, "mlp_tiles": tiles})
+    plan = make_plan(spec, recipe, MemoryBudget(24 * GIB, 64 * GIB, GIB * 12 // 10, "cuda"))
+    assert plan.fits and plan.fit == "stream"
+    proof = proved(plan, spec, config, recipe, "cuda").proof
+    assert proof is not None and abs(proof["error"]) < 0.03 and proof["peak_bytes"] <= 24 * GIB
