@@ -57,7 +57,12 @@ def test_named_columns_decide():
         (["prompt", "completion"], "alpaca", None, "has the columns prompt, completion, which is not alpaca"),
         (["a", "b"], "auto", {"prompt": "q"}, "has the columns a, b, and none called q"),
         (["a", "b"], "auto", {"prompt": "a", "output": "b"}, "names prompt, output, which no format has together"),
-        (["a", "b"], "text", {"prompt": "a"}, "names prompt, which no format has together: text has text"),
+        (
+            ["a", "b"],
+            "text",
+            {"prompt": "a"},
+            "names prompt, which no format has together.\nUse the names of one: text has text",
+        ),
         (["a", "b"], "auto", {"prompt": "a"}, "no known format has these"),
     ],
 )

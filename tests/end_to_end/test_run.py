@@ -82,7 +82,7 @@ def test_report_json(out, command):
     assert report["loss"].keys() == {"first", "last", "eval_before", "eval_after"}
     keys = {"budget_bytes", "predicted_peak_bytes", "measured_peak_bytes", "peak_rss_bytes"}
     memory = report["memory"]
-    assert memory.keys() == keys and memory["predicted_peak_bytes"] == plan["peak_bytes"]
+    assert memory.keys() == keys and 0 < memory["predicted_peak_bytes"] <= plan["peak_bytes"]
     assert 0 < memory["measured_peak_bytes"] <= memory["budget_bytes"] == plan["budget_bytes"]
     assert report["data"].keys() == {"samples", "trained_share", "truncated", "dropped"}
     assert report["data"]["samples"] == 40 and 0.1 < report["data"]["trained_share"] < 0.9
