@@ -90,26 +90,27 @@ def _nf4_cases(make: Maker, s: Shapes) -> Iterator[Case]:
 
 
 def _lora_cases(make: Maker, s: Shapes) -> Iterator[Case]:
-    inputs = partial(_inputs, make, (s.tokens, s.hidden))
+    inputs, size = partial(_inputs, make, (s.tokens, s.hidden)), f"{s.tokens} tokens, rank {s.rank}"
     gate, up = (make.linear(s.ffn, s.hidden, s.rank) for _ in range(2))
     down = make.linear(s.hidden, s.ffn, s.rank)
+
+    def case(name: str, what: str, linears: dict[str, Linear]) -> Case:
+        values = linears.values()
+        ways = _lora_ways(name, linears, make)
+        return Case(name, f"nf4, {size}, {what}", partial(inputs, *values), ways, 0, _flops(s, *values))
+
+    yield case("lora_linear", f"{s.ffn}x{s.hidden}", {"o_proj": gate})
     plain = Linear(_Plain(gate.base.dense(make.dtype)), gate.low_rank)
-    what, ways = (
-        f"{s.tokens} tokens, rank {s.rank}, {s.ffn}x{s.hidden}",
-        _lora_ways("lora_linear", {"o_proj": gate}, make),
-    )
-    yield Case("lora_linear", f"nf4, {what}", partial(inputs, gate), ways, 0, _flops(s, gate))
-    ours = {"ours": _step(lora_linear.lora_linear), "eager": _step(lora_linear.reference)}
-    ways = {**ours, "the two products alone": _products(plain.base)}
-    yield Case("lora_linear", f"plain, {what}", partial(inputs, plain), ways, 0, _flops(s, plain))
+    ways = {"ours": _step(lora_linear.lora_linear), "eager": _step(lora_linear.reference)}
+    ways["the two products alone"] = _products(plain.base)
+    yield Case(
+        "lora_linear", f"plain, {size}, {s.ffn}x{s.hidden}", partial(inputs, plain), ways, 0, _flops(s, plain)
+    )  # fmt: skip
     widths = {"q_proj": s.heads * s.head_dim, "k_proj": s.kv_heads * s.head_dim, "v_proj": s.kv_heads * s.head_dim}
-    named = {name: make.linear(width, s.hidden, s.rank) for name, width in widths.items()}
-    what = f"nf4, {s.tokens} tokens, rank {s.rank}, hidden {s.hidden}"
-    ways = _lora_ways("lora_qkv", named, make)
-    yield Case("lora_qkv", what, partial(inputs, *named.values()), ways, 0, _flops(s, *named.values()))
-    named = {"gate_proj": gate, "up_proj": up, "down_proj": down}
-    ways = _lora_ways("lora_mlp", named, make)
-    yield Case("lora_mlp", f"{what}, ffn {s.ffn}", partial(inputs, *named.values()), ways, 0, _flops(s, gate, up, down))
+    attention = {name: make.linear(width, s.hidden, s.rank) for name, width in widths.items()}
+    yield case("lora_qkv", f"hidden {s.hidden}", attention)
+    mlp = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    yield case("lora_mlp", f"hidden {s.hidden}, ffn {s.ffn}", mlp)
 
 
 def _lora_ways(name: str, linears: dict[str, Linear], make: Maker) -> Ways:

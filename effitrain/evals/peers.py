@@ -96,7 +96,7 @@ def adapted(linears: Mapping[str, Linear], dtype: torch.dtype) -> nn.Module:
 
 
 def autocast(function: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
-    """``function`` as transformers' Trainer runs it with ``bf16=True``; else peft would compute its share in float32."""
+    """``function`` as transformers' Trainer runs it with ``bf16=True``; else peft computes its share in float32."""
 
     def call(*args: Any, **named: Any) -> Any:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
