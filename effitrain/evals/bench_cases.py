@@ -101,7 +101,7 @@ def _lora_cases(make: Maker, s: Shapes) -> Iterator[Case]:
 
     yield case("lora_linear", f"{s.ffn}x{s.hidden}", {"o_proj": gate})
     plain = Linear(_Plain(gate.base.dense(make.dtype)), gate.low_rank)
-    ways = {"ours": _step(lora_linear.lora_linear), "eager": _step(lora_linear.reference)}
+    ways: Ways = {"ours": _step(lora_linear.lora_linear), "eager": _step(lora_linear.reference)}
     ways["the two products alone"] = _products(plain.base)
     yield Case(
         "lora_linear", f"plain, {size}, {s.ffn}x{s.hidden}", partial(inputs, plain), ways, 0, _flops(s, plain)
