@@ -90,43 +90,40 @@ def _nf4_cases(make: Maker, s: Shapes) -> Iterator[Case]:
 
 
 def _lora_cases(make: Maker, s: Shapes) -> Iterator[Case]:
-    inputs = partial(_inputs, make, (s.tokens, s.hidden))
+    inputs, size = partial(_inputs, make, (s.tokens, s.hidden)), f"{s.tokens} tokens, rank {s.rank}"
     gate, up = (make.linear(s.ffn, s.hidden, s.rank) for _ in range(2))
     down = make.linear(s.hidden, s.ffn, s.rank)
+
+    def case(name: str, what: str, linears: dict[str, Linear]) -> Case:
+        values = linears.values()
+        ways = _lora_ways(name, linears, make)
+        return Case(name, f"nf4, {size}, {what}", partial(inputs, *values), ways, 0, _flops(s, *values))
+
+    yield case("lora_linear", f"{s.ffn}x{s.hidden}", {"o_proj": gate})
     plain = Linear(_Plain(gate.base.dense(make.dtype)), gate.low_rank)
-    what, ways = f"{s.tokens} tokens, rank {s.rank}, {s.ffn}x{s.hidden}", _lora_ways({"o_proj": gate}, make.dtype)
-    yield Case("lora_linear", f"nf4, {what}", partial(inputs, gate), ways, 0, _flops(s, gate))
-    ours = {"ours": _step(lora_linear.lora_linear), "eager": _step(lora_linear.reference)}
-    ways = {**ours, "the two products alone": _products(plain.base)}
-    yield Case("lora_linear", f"plain, {what}", partial(inputs, plain), ways, 0, _flops(s, plain))
+    ways: Ways = {"ours": _step(lora_linear.lora_linear), "eager": _step(lora_linear.reference)}
+    ways["the two products alone"] = _products(plain.base)
+    yield Case(
+        "lora_linear", f"plain, {size}, {s.ffn}x{s.hidden}", partial(inputs, plain), ways, 0, _flops(s, plain)
+    )  # fmt: skip
     widths = {"q_proj": s.heads * s.head_dim, "k_proj": s.kv_heads * s.head_dim, "v_proj": s.kv_heads * s.head_dim}
-    named = {name: make.linear(width, s.hidden, s.rank) for name, width in widths.items()}
-    what = f"nf4, {s.tokens} tokens, rank {s.rank}, hidden {s.hidden}"
-    ways = _lora_ways(named, make.dtype)
-    yield Case("lora_qkv", what, partial(inputs, *named.values()), ways, 0, _flops(s, *named.values()))
-    named = {"gate_proj": gate, "up_proj": up, "down_proj": down}
-    ways = _lora_ways(named, make.dtype)
-    yield Case("lora_mlp", f"{what}, ffn {s.ffn}", partial(inputs, *named.values()), ways, 0, _flops(s, gate, up, down))
+    attention = {name: make.linear(width, s.hidden, s.rank) for name, width in widths.items()}
+    yield case("lora_qkv", f"hidden {s.hidden}", attention)
+    mlp = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    yield case("lora_mlp", f"hidden {s.hidden}, ffn {s.ffn}", mlp)
 
 
-def _lora_ways(linears: dict[str, Linear], dtype: torch.dtype) -> Ways:
+def _lora_ways(name: str, linears: dict[str, Linear], make: Maker) -> Ways:
     """Forward and backward through a block with updates: ours, in plain torch, by peft and by Unsloth."""
-    room: Any = {"o_proj": lora_linear, "q_proj": lora_qkv, "gate_proj": lora_mlp}[next(iter(linears))]
-    name = room.__name__.rpartition(".")[2]
+    room: Any = {"lora_linear": lora_linear, "lora_qkv": lora_qkv, "lora_mlp": lora_mlp}[name]
     ways = {"ours": _step(getattr(room, name)), "eager": _step(room.reference)}
     if not peers.installed("peft"):
         return ways
-    module: Any = peers.adapted(linears, dtype)
-    stock: dict[str, Callable[[Tensor], Any]] = {
-        "lora_linear": lambda x: module.o_proj(x),
-        "lora_qkv": lambda x: (module.q_proj(x), module.k_proj(x), module.v_proj(x)),
-        "lora_mlp": peers.peft_mlp(module),
-    }
+    module = peers.adapted(linears, make.dtype)
     trained = [p for p in module.parameters() if p.requires_grad]
-    ways["peft"] = _step(stock[name], trained)
+    ways["peft"] = _step(peers.autocast(peers.peft_block(name, module), make.device, make.dtype), trained)
     if peers.installed("unsloth"):
-        theirs = {"lora_linear": "apply_lora_o", "lora_mlp": "apply_lora_mlp_swiglu"}.get(name, "apply_lora_qkv")
-        ways[UNSLOTH] = _step(peers.unsloth_lora(theirs, module), trained)
+        ways[UNSLOTH] = _step(peers.unsloth_block(name, module), trained)
     return ways
 
 

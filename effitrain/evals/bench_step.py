@@ -182,10 +182,10 @@ def _targets(model: nn.Module) -> list[str]:
 
 def _transformers_step(model: Any, work: Work) -> Step:
     """A step of transformers' causal language model."""
-    tokens = work.tokens.to(work.device)
+    tokens, forward = work.tokens.to(work.device), peers.autocast(model, work.device, work.dtype)
 
     def step() -> float:
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = forward(input_ids=tokens, labels=tokens).loss
         loss.backward()
         return loss.item()
 

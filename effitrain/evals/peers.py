@@ -95,9 +95,24 @@ def adapted(linears: Mapping[str, Linear], dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def peft_mlp(module: Any) -> Callable[[Tensor], Tensor]:
-    """transformers' gated MLP of the linears of ``module``."""
-    return lambda x: module.down_proj(F.silu(module.gate_proj(x)) * module.up_proj(x))
+def autocast(function: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    """``function`` as transformers' Trainer runs it with ``bf16=True``; else peft computes its share in float32."""
+
+    def call(*args: Any, **named: Any) -> Any:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return function(*args, **named)
+
+    return call
+
+
+def peft_block(kernel: str, module: Any) -> Callable[[Tensor], Any]:
+    """What our ``kernel`` computes, as transformers writes it, through the linears of ``module``."""
+    blocks: dict[str, Callable[[Tensor], Any]] = {
+        "lora_linear": lambda x: module.o_proj(x),
+        "lora_qkv": lambda x: (module.q_proj(x), module.k_proj(x), module.v_proj(x)),
+        "lora_mlp": lambda x: module.down_proj(F.silu(module.gate_proj(x)) * module.up_proj(x)),
+    }
+    return blocks[kernel]
 
 
 def liger(name: str) -> Callable[..., Any] | None:
@@ -152,6 +167,7 @@ def unsloth_rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
     return unsloth("fast_rope_embedding")(query.transpose(1, 2), key.transpose(1, 2), cos[0], sin[0])
 
 
-def unsloth_lora(name: str, module: nn.Module) -> Callable[[Tensor], Any]:
-    """Its function for a block, over the linears of ``module``, as peft adapts them."""
-    return lambda x: unsloth(name)(module, x[None])
+def unsloth_block(kernel: str, module: nn.Module) -> Callable[[Tensor], Any]:
+    """The same by its functions, which take the linears of ``module`` apart."""
+    names = {"lora_linear": "apply_lora_o", "lora_qkv": "apply_lora_qkv", "lora_mlp": "apply_lora_mlp_swiglu"}
+    return lambda x: unsloth(names[kernel])(module, x[None])

@@ -31,7 +31,7 @@ def test_peft_computes_the_same():
     linears = {"gate_proj": make.linear(128, 64), "up_proj": make.linear(128, 64), "down_proj": make.linear(64, 128)}
     module = peers.adapted(linears, torch.float32)
     x = make.randn(5, 64, trained=True)
-    ours, theirs = lora_mlp.reference(x, *linears.values()), peers.peft_mlp(module)(x)
+    ours, theirs = lora_mlp.reference(x, *linears.values()), peers.peft_block("lora_mlp", module)(x)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     single = lora_linear.reference(x, linears["gate_proj"])
     torch.testing.assert_close(single, module.gate_proj(x), rtol=1e-5, atol=1e-6)
@@ -63,7 +63,7 @@ def unsloth(monkeypatch):
 
     def apply_lora_mlp_swiglu(module, x):
         assert x.dim() == 3
-        return peers.peft_mlp(module)(x)
+        return peers.peft_block("lora_mlp", module)(x)
 
     def fast_rms_layernorm(norm, x):
         return rms_norm.reference(x, norm.weight, norm.variance_epsilon)
