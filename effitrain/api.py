@@ -15,7 +15,7 @@ from effitrain.adapters.attach import attach
 from effitrain.adapters.base import Clock, check_method
 from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
-from effitrain.carry_out import cap, carry_out, placement_of
+from effitrain.carry_out import aligning_run, cap, carry_out, placement_of
 from effitrain.core.budget import CUDA_SLACK_BYTES, MemoryBudget
 from effitrain.core.choices import compute_dtype, sequence_length
 from effitrain.core.cut import small_spec
@@ -192,7 +192,8 @@ def prune(recipe: Recipe, tell: Callable[[str], None] = lambda text: None) -> Pa
     recipe = recipe.changed(dtype=compute_dtype(recipe, budget), max_seq_len=sequence_length(base.spec, recipe))
     base = base.fetched()
     remove_stale(target.parent, target.name)
-    make_small(base, recipe, lambda: calibrate(recipe, base), _device(budget), target, tell)
+    train_all = aligning_run(recipe, budget, tell)
+    make_small(base, recipe, lambda: calibrate(recipe, base), _device(budget), target, tell, train_all)
     return target
 
 

@@ -3,19 +3,20 @@
 ``api.run`` decides what is done; here it happens, in the order in which it is read.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from effitrain.adapters.base import AdapterConfig
 from effitrain.core.budget import MemoryBudget
-from effitrain.core.cut import small_spec
-from effitrain.core.errors import InputError
+from effitrain.core.cut import alignment_recipe, small_spec
+from effitrain.core.errors import BudgetError, InputError
 from effitrain.core.memory import SLOTS
 from effitrain.core.methods import WEIGHTS
-from effitrain.core.plan import Plan, for_tokens
+from effitrain.core.plan import Plan, for_tokens, make_plan, resolve
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import Report
 from effitrain.data.batches import Batches, longest, most_trained
@@ -26,13 +27,13 @@ from effitrain.evals.recovered import compare, facts
 from effitrain.evals.scores import Scores
 from effitrain.io.atomic import remove_stale
 from effitrain.io.keep import KEEP, write_keep
-from effitrain.io.run_folder import RunFolder
+from effitrain.io.run_folder import RunFolder, open_run
 from effitrain.model.decoder import Decoder
-from effitrain.model.load import Base
+from effitrain.model.load import Base, find_base
 from effitrain.pruning.calibration import calibrate
 from effitrain.pruning.loraprune import LoRAPrune
 from effitrain.pruning.recover import recover_adapter
-from effitrain.pruning.small import Small, make_small
+from effitrain.pruning.small import Small, Training, make_small
 from effitrain.report.files import stream_figures, write_report
 from effitrain.stream.engine import Span, Traffic
 from effitrain.stream.placement import Placement, place
@@ -81,7 +82,7 @@ def _carry_out(
     device = torch.device(budget.device)
     meter = Meter(device)
     cap(device, the_plan)
-    small = _make_small(recipe, base, data, device, folder, events) if pruning == "loram" else None
+    small = _make_small(recipe, base, data, budget, folder, events) if pruning == "loram" else None
     trained_on, adapter = (small.base, "adapter-small") if small else (base, "adapter")
     if small:
         events.note("Training on the small model: losses by step are its own.")
@@ -171,12 +172,52 @@ def _train(
 
 
 def _make_small(
-    recipe: Recipe, base: Base, data: PreparedData, device: torch.device, folder: RunFolder, events: Events
+    recipe: Recipe, base: Base, data: PreparedData, budget: MemoryBudget, folder: RunFolder, events: Events
 ) -> Small:
     """The small model of a run that prunes, in ``small/``, and its keep map beside it."""
-    small = make_small(base, recipe, lambda: calibrate(recipe, base, data), device, folder.path / "small", events.note)
+    device = torch.device(budget.device)
+    target, train_all = folder.path / "small", aligning_run(recipe, budget, events.note)
+    small = make_small(base, recipe, lambda: calibrate(recipe, base, data), device, target, events.note, train_all)
     write_keep(folder.path / KEEP, small.keep)
     return small
+
+
+def aligning_run(recipe: Recipe, budget: MemoryBudget, tell: Callable[[str], None]) -> Training:
+    """How ``--align train`` trains the small model: a run of its own, planned for the same budget.
+
+    The training that is returned raises BudgetError where all weights of the small model cannot be trained within it.
+    """
+
+    def train_all(model: Path, out: Path) -> tuple[Path, dict[str, Any]]:
+        asked = alignment_recipe(recipe).changed(model=str(model), output_dir=str(out))
+        base, folder = find_base(str(model)).fetched(), open_run(asked)
+        the_plan = make_plan(base.spec, asked, budget)
+        if not the_plan.fits:
+            raise _too_large_to_train(the_plan, the_plan.reasons[0])
+        resolved = resolve(asked, the_plan)
+        tell(f"Aligning by training all {base.spec.params:,} weights of the small model.")
+        if not folder.finished:
+            folder = folder.note(recipes=[asked.result_fields(), resolved.result_fields()])
+            try:
+                carry_out(resolved, folder, the_plan, budget, base, Events())
+            except OverBudget as error:
+                raise _too_large_to_train(the_plan, error.fact) from None
+        report = Report.read(out / "report.json")
+        before, after = report.loss.eval_before, report.loss.eval_after
+        if before is not None and after is not None:
+            tell(f"Aligned: evaluation loss {before:.4f} before, {after:.4f} after {report.steps} steps.")
+        return out / "model", {"steps": report.steps, "before": before, "after": after}
+
+    return train_all
+
+
+def _too_large_to_train(the_plan: Plan, fact: str) -> BudgetError:
+    return BudgetError(
+        f"--align train trains every weight of the small model. {fact}",
+        "It keeps master weights, gradients and moments in float32.",
+        "Use --align lsq, which has one layer in memory, or a larger --prune-ratio.",
+        the_plan,
+    )
 
 
 def _watchers(recipe: Recipe, folder: RunFolder, state: TrainState, scores: Scores, events: Events) -> list[Hook]:

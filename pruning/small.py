@@ -17,7 +17,8 @@ from effitrain.core.keep import KeepMap, LayerKeep
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import Axis, ModelSpec, pruned_config
 from effitrain.data.cache import default_cache_dir
-from effitrain.io.atomic import write_safetensors
+from effitrain.io.atomic import remove_folder, write_safetensors
+from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.keep import read_keep
 from effitrain.model.decoder import build
 from effitrain.model.load import Base, find_base
@@ -35,6 +36,10 @@ from effitrain.quant.read import DTYPES
 _CODE_VERSION = 3  # raise it when the same choices would give another small model
 
 
+# Trains every weight of the model in the first folder, with its run in the second: the folder of the result, and facts.
+Training = Callable[[Path, Path], tuple[Path, Mapping[str, Any]]]
+
+
 @dataclass(frozen=True)
 class Small:
     """A small model that can be trained, and what was kept of the full-size one."""
@@ -50,6 +55,7 @@ def make_small(
     device: torch.device,
     target: Path,
     tell: Callable[[str], None] = lambda text: None,
+    train: Training | None = None,
 ) -> Small:
     """Prune ``base`` into the folder ``target``, unless it is there already.
 
@@ -60,6 +66,7 @@ def make_small(
         device: where layers compute.
         target: complete or absent; refused when it holds something else.
         tell: told what is done.
+        train: for ``--align train``.
 
     Raises:
         InputError: the family, the ratio, the text or the target cannot be used.
@@ -71,25 +78,52 @@ def make_small(
         return _synthetic(base, spec, recipe.seed)
     check_family(base.source.config, base.name)
     source: Source = base.weights()  # type: ignore[assignment]
-    cut = spec.widths != base.spec.widths
+    loses = spec.widths != base.spec.widths
     text = (
         calibration()
-        if cut and (needs(recipe.prune_score) in ("inputs", "gradients") or recipe.align != "none")
+        if loses and (needs(recipe.prune_score) in ("inputs", "gradients") or recipe.align != "none")
         else None
     )
     made_of = _made_of(recipe, source.fingerprint(), text, device)
+    place = target.with_name(f"{target.name}-align")
     if target.exists() and any(target.iterdir()):
+        _remove(place)
         return _reuse(target, made_of, tell)
-    scores = _scores(base, source, recipe, text, device, tell) if cut else {}
+    scores = _scores(base, source, recipe, text, device, tell) if loses else {}
     keep = KeepMap.of(base.spec, _select(base.spec, recipe, scores), base.name, source.fingerprint())
-    weights, fits = _aligned(base, CutWeights(source, base.spec, keep), recipe, text, device, tell)
+    cut = CutWeights(source, base.spec, keep)
+    if recipe.align == "train" and text:
+        assert train is not None
+        weights, fits = _trained(base, cut, place, made_of, train)
+    else:
+        weights, fits = _aligned(base, cut, recipe, text, device, tell)
     write_cut(
         target, weights, base.source.config, base.source.folder,
-        lambda: {"made_of": made_of, "alignment": [asdict(fit) for fit in fits]},
+        lambda: {"made_of": made_of, "alignment": [asdict(fit) if isinstance(fit, Fit) else fit for fit in fits]},
         quantize=(lambda matrix: quantize(matrix.to(device, DTYPES[recipe.dtype]))) if recipe.quant == "nf4" else None,
     )  # fmt: skip
+    _remove(place)
     tell(f"Pruned: {target}, {weights.small_spec.params:,} of {base.spec.params:,} parameters.")
     return open_small(target, base)
+
+
+def _trained(
+    base: Base, cut: CutWeights, place: Path, made_of: Mapping[str, Any], train: Training
+) -> tuple[CutWeights, list[Any]]:
+    """The cut weights after training them all, and its facts. What lies in ``place`` is gone on with."""
+    if (place / "cut").exists():
+        _check_made_of(place / "cut", made_of)
+    else:
+        place.mkdir(parents=True, exist_ok=True)
+        write_cut(place / "cut", cut, base.source.config, base.source.folder, lambda: {"made_of": made_of})
+    folder, facts = train(place / "cut", place / "run")
+    trained = open_checkpoint(folder)
+    return replace(cut, edit=lambda name, tensor: trained.read(name).to(tensor.dtype)), [facts]
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        remove_folder(folder)
 
 
 def _select(spec: ModelSpec, recipe: Recipe, scores: Scores) -> list[LayerKeep]:
@@ -170,6 +204,12 @@ def _made_of(recipe: Recipe, fingerprint: str, text: Calibration | None, device:
 
 
 def _reuse(target: Path, made_of: Mapping[str, Any], tell: Callable[[str], None]) -> Small:
+    _check_made_of(target, made_of)
+    tell(f"Pruned before: {target}.")
+    return Small(find_base(str(target)).fetched(), read_keep(target))
+
+
+def _check_made_of(target: Path, made_of: Mapping[str, Any]) -> None:
     try:
         known = json.loads((target / FACTS).read_text(encoding="utf-8"))["made_of"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -180,8 +220,6 @@ def _reuse(target: Path, made_of: Mapping[str, Any], tell: Callable[[str], None]
             "It was made with other choices, or from another model or text.",
             "Name another output folder with -o, or remove this one.",
         )
-    tell(f"Pruned before: {target}.")
-    return Small(find_base(str(target)).fetched(), read_keep(target))
 
 
 def _walk(base: Base, weights: Any, recipe: Recipe, device: torch.device) -> Walk:

@@ -89,6 +89,19 @@ def small_spec(spec: ModelSpec, recipe: Recipe) -> ModelSpec:
     return small.with_biases(read_pruned(spec, widths)) if recipe.align == "bias" else small
 
 
+def alignment_recipe(recipe: Recipe) -> Recipe:
+    """The run that ``--align train`` makes of the small model: every weight, on every token of the calibration text.
+
+    Rate and single epoch are LoRAM's own (Zhang et al. 2025); the rest is decided by model and plan.
+    """
+    fields = Recipe.model_fields
+    kept = {"format", "columns", "template", "truncation", "packing", "eval_fraction", "max_seq_len", "seed", "dtype",
+            "gpu_mem", "host_mem", "gpu"}  # fmt: skip
+    given = {name: getattr(recipe, name) if name in kept else fields[name].default for name in fields}
+    text = {"dataset": recipe.calib_dataset or recipe.dataset, "train_on_prompt": True}
+    return Recipe(**{**given, **text, "method": "full", "quant": "none", "lr": 5e-5, "keep_checkpoints": 1})
+
+
 def read_pruned(spec: ModelSpec, widths: Sequence[Widths]) -> list[str]:
     """Paths of the linears that read what is pruned: ``o_proj`` and ``down_proj`` of layers that lose inputs."""
     return [

@@ -27,7 +27,6 @@ LATER = {
 }
 # Values of published flags that later versions bring.
 LATER_VALUES = {
-    "align": {"train": "Continued training of a small model"},
     "method": {
         "lisa": "LISA",
         "lisa-lora": "LISA",

@@ -34,7 +34,11 @@ RUNS = {
     "unknown part": (["--prune-ratio", 0.5, "--prune-parts", "heads"], ("--prune-parts", "ffn+kv")),
     "unknown score": (["--prune-ratio", 0.5, "--prune-score", "snip"], ("--prune-score", "wanda")),
     "unknown alignment": (["--prune-ratio", 0.5, "--align", "lst"], ("--align", "lsq")),
-    "alignment of a later version": (["--prune-ratio", 0.5, "--align", "train"], ("--align train", "this version")),
+    "unknown ranking": (["--prune-ratio", 0.5, "--prune-ranking", "all"], ("--prune-ranking", "global")),
+    "ranking of loraprune": (
+        ["--prune-ratio", 0.5, "--prune-method", "loraprune", "--prune-ranking", "global"],
+        ("--prune-ranking is for --prune-method loram",),
+    ),
     "exempt is one number": (["--prune-ratio", 0.5, "--prune-exempt", "3"], ("--prune-exempt", "4,2")),
     "exempt below zero": (["--prune-ratio", 0.5, "--prune-exempt", "1,-1"], ("--prune-exempt", "-1")),
     "every layer exempt": (["--prune-ratio", 0.5, "--prune-exempt", "1,1"], ("--prune-exempt 1,1", "none of the 2")),

@@ -244,3 +244,24 @@ def test_a_small_model_in_full_precision_gives_the_same_adapter(one, full, flags
     ]  # fmt: skip
     assert effitrain("run", "--model", tmp_path / "plain", *flags, "-o", tmp_path / "run").code == 0
     assert losses(tmp_path / "run") == losses(one)
+
+
+def test_alignment_by_training_every_weight_of_the_small_model(full, flags, effitrain, tmp_path):
+    """In one command and by the stage alone: the same small model, nearer to the text; what it took is gone."""
+    from safetensors.torch import load_file
+
+    pruned = ["--model", full, "--prune-ratio", 0.5, "--align", "train"]
+    answer = effitrain("run", *pruned, "--fit", "prune", *flags, "-o", tmp_path / "one")
+    assert answer.code == 0, answer.err
+    data = [*flags[:2], *flags[8:10], *flags[14:]]
+    assert effitrain("prune", *pruned, *data, "-o", tmp_path / "small").code == 0
+    name = "model.safetensors"
+    assert (tmp_path / "small" / name).read_bytes() == (tmp_path / "one/small" / name).read_bytes()
+    (fact,) = read(tmp_path / "small/prune.json")["alignment"]
+    assert fact["steps"] >= 1 and fact["after"] < fact["before"]
+    assert effitrain("prune", *pruned[:-1], "none", *data, "-o", tmp_path / "cut").code == 0
+    trained, cut = (load_file(tmp_path / out / name) for out in ("small", "cut"))
+    changed = [key for key in cut if not trained[key].equal(cut[key])]
+    assert any("norm" in key for key in changed) and any("q_proj" in key for key in changed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "one", "small"]
+    assert not (tmp_path / "one/small-align").exists()
