@@ -14,13 +14,14 @@ import torch
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import Clock, check_method
 from effitrain.adapters.merge import check_fits, merge
-from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
+from effitrain.adapters.storage import AdapterBundle, adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.carry_out import aligning_run, cap, carry_out, placement_of
 from effitrain.core.budget import CUDA_SLACK_BYTES, MemoryBudget
 from effitrain.core.choices import compute_dtype, sequence_length
 from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.generation import texts_at_once
+from effitrain.core.ledger import Work
 from effitrain.core.methods import WEIGHTS
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
@@ -134,7 +135,7 @@ def evaluate(
     scores_text = recipe.dataset is not None or not passkey
     if scores_text:
         check_data(recipe)
-    ready = _ready(recipe, adapter, passkey)
+    ready = _ready(recipe, adapter, "score", passkey)
     scores = _score(ready, sequence_length(ready.base.spec, recipe), by_position) if scores_text else {}
     scores |= {"model": recipe.model, "adapter": adapter}
     if passkey:
@@ -144,9 +145,15 @@ def evaluate(
 
 
 def chat(recipe: Recipe, adapter: str | None = None) -> ChatSession:
-    """Load a model, with or without an adapter, to talk to: ``chat(recipe).answer(messages)`` yields text."""
-    ready = _ready(recipe, adapter)
-    return ChatSession(ready.decoder, ready.base.tokenizer(), recipe.template, recipe.seed)
+    """Load a model, with or without an adapter, to talk to: ``chat(recipe).answer(messages)`` yields text.
+
+    The recipe's ``max_seq_len`` bounds a conversation, its ``batch_size`` is how many are answered together.
+    """
+    ready = _ready(recipe, adapter, "chat")
+    settings = ready.plan.settings
+    length = min(settings.max_seq_len, ready.base.spec.max_positions)
+    session = (ready.decoder, ready.base.tokenizer(), recipe.template, recipe.seed)
+    return ChatSession(*session, length, settings.at_once)
 
 
 def export(
@@ -259,17 +266,17 @@ class Ready:
         return count
 
 
-def _ready(recipe: Recipe, adapter: str | None, lengths: Sequence[int] = ()) -> Ready:
+def _ready(recipe: Recipe, adapter: str | None, work: Work, lengths: Sequence[int] = ()) -> Ready:
     """Load a model, planned for its data and for prompts of ``lengths`` tokens."""
     bundle = read_adapter(adapter_folder(adapter)) if adapter else None
     base = find_base(recipe.model, recipe.weights)
     check_lengths(base.spec, lengths)
-    recipe = recipe.changed(max_seq_len=max(sequence_length(base.spec, recipe), *lengths, 0))
-    budget = find_budget(recipe)
-    the_plan = make_plan(base.spec, recipe, budget)
+    length = max(sequence_length(base.spec, recipe), *lengths, 0)
+    recipe = recipe.changed(max_seq_len=length, **_adapter_fields(bundle))
+    budget = _measured(find_budget(recipe))
+    the_plan = make_plan(base.spec, recipe, budget, work)
     if not the_plan.fits:
         raise refusal(the_plan)
-    _check_can_run(the_plan)
     base = base.to_stream() if the_plan.settings.streamed else base.fetched()
     recipe, device = resolve(recipe, the_plan), _device(budget)
     cap(device, the_plan)
@@ -280,13 +287,21 @@ def _ready(recipe: Recipe, adapter: str | None, lengths: Sequence[int] = ()) -> 
     return Ready(base, decoder, recipe, the_plan, budget)
 
 
+def _adapter_fields(bundle: AdapterBundle | None) -> dict[str, Any]:
+    """The fields of a recipe that say how large an adapter is."""
+    if bundle is None:
+        return {"method": "lora", "lora_targets": ()}
+    leaves = {path.rpartition(".")[2] for path in bundle.tensors}
+    return {"method": "lora", "lora_r": bundle.config.r, "lora_targets": tuple(sorted(leaves))}
+
+
 def _score(ready: Ready, length: int, by_position: int | Literal["auto"] | None) -> dict[str, Any]:
     """Losses on the data set, in samples of ``length`` tokens at most."""
     recipe = ready.recipe.changed(max_seq_len=length)
     batches = make_batches(prepare_data(recipe, ready.base.tokenizer(), length).train, recipe)
     longest, made_for = longest_sample(batches), ready.base.spec.max_positions
     if by_position is None and longest <= made_for:
-        return _figures(evaluate_loss(ready.decoder, batches))
+        return _figures(evaluate_loss(ready.decoder, batches, ready.plan.settings.at_once))
     bucket = by_position if isinstance(by_position, int) else default_bucket(longest, made_for)
     buckets = loss_by_position(ready.decoder, batches, bucket)
     warning = beyond_its_length(buckets, longest, made_for)
@@ -311,14 +326,6 @@ def _check_starting_points(recipe: Recipe, base: Base) -> None:
             check_fits(base.spec if recipe.prune_ratio is None else small_spec(base.spec, recipe), bundle)
     if recipe.resume not in ("auto", "never"):
         check_checkpoint(Path(recipe.resume))
-
-
-def _check_can_run(the_plan: Plan) -> None:
-    if the_plan.fit == "prune":
-        raise InputError(
-            "The model fits when it is pruned alone, and a pruned model answers differently.",
-            next_step="Prune it with `effitrain prune` and name the small model, or use --fit stream.",
-        )
 
 
 def _new_folder(target: str) -> Path:

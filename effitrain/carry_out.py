@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from effitrain.adapters.base import AdapterConfig
+from effitrain.core.blobs import SLOTS
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.cut import alignment_recipe, small_spec
 from effitrain.core.errors import BudgetError, InputError
-from effitrain.core.memory import SLOTS
 from effitrain.core.methods import WEIGHTS
+from effitrain.core.placement import Placement, place
 from effitrain.core.plan import Plan, for_tokens, make_plan, resolve
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import Report
@@ -36,7 +37,6 @@ from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import Small, Training, make_small
 from effitrain.report.files import stream_figures, write_report
 from effitrain.stream.engine import Span, Traffic
-from effitrain.stream.placement import Placement, place
 from effitrain.train.hooks import (
     Calls,
     Checkpoints,
@@ -74,6 +74,9 @@ def _carry_out(
     remove_stale(folder.path)
     pruning = recipe.prune_method if the_plan.fit == "prune" else None
     base = base.to_stream() if the_plan.settings.streamed and not pruning else base.fetched()
+    if base.remote:
+        hub_id = base.remote.hub_id
+        events.note(f"{hub_id} at commit {base.remote.revision}; --model {hub_id}@REVISION takes another.")
     data = prepare_data(recipe, base.tokenizer(), chosen(recipe.max_seq_len))
     if not checkpoints(folder.path / "checkpoints"):
         folder = folder.note(evals=[], positions=[])  # of a run of another recipe that never took a step
@@ -125,7 +128,7 @@ def _train(
         meter.device,
         lambda part: events.loaded(part, base.spec.num_layers),
         placement_of(the_plan),
-        the_plan.settings.by_layer,
+        the_plan.settings.at_once,
         events.stored,
     )
     for warning in _pageable(job.decoder):
@@ -143,7 +146,7 @@ def _train(
     state = resume(recipe, checkpoint_folder, job, events.note)
     whose = "of the small model " if adapter == "adapter-small" else ""
     told = lambda when, evaluation: events.evaluated(whose + when, evaluation)  # noqa: E731
-    scores = Scores(job.decoder, evaluated, folder, state, told)
+    scores = Scores(job.decoder, evaluated, folder, state, told, the_plan.settings.at_once)
     if not scores.points:
         scores.add("before")
     every = recipe.save_every or max(1, job.course.steps // 10)
@@ -167,7 +170,10 @@ def _train(
         save_and_reload(job, recipe, folder.path / adapter, base.name)
     if len(scores.points) < 2 or scores.points[-1][0] < state.step:
         scores.add("after")
-    stream = stream_figures(before, after, the_plan.settings.streamed, the_plan.resident_layers) if after else None
+    stream = None
+    if after and job.decoder.streamer:
+        written = job.decoder.streamer.host.written()
+        stream = stream_figures(before, after, the_plan.settings, the_plan.resident_layers, written)
     return Trained(state, expected, scores.points, stream, timeline, scores.by_position())
 
 
@@ -278,9 +284,9 @@ def _prove_budget(job: Job, the_plan: Plan, meter: Meter, evaluated: Batches) ->
     """
     largest = longest(job.batches)
     last = longest(evaluated) if evaluated.per_epoch else None
-    at_once, by_layer = the_plan.settings.at_once, the_plan.settings.by_layer
+    at_once = the_plan.settings.at_once
     try:
-        probe(job.decoder, [largest] * at_once, job.optimizer, job.clock, meter, by_layer, last)
+        probe(job.decoder, [largest] * at_once, job.optimizer, job.clock, meter, at_once, last)
     except torch.OutOfMemoryError:
         raise OverBudget(the_plan, None) from None
     if meter.peak() > the_plan.budget_bytes:

@@ -22,13 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
-from effitrain.core.memory import SLOTS
+from effitrain.core.blobs import SLOTS
+from effitrain.core.placement import Placement, place
 from effitrain.core.recipe import Recipe, make_recipe
 from effitrain.data.batches import MicroBatch
 from effitrain.model.load import Base, find_base, load_model
 from effitrain.report.files import stream_figures
 from effitrain.stream.engine import Traffic
-from effitrain.stream.placement import Placement, place
 from effitrain.train.loop import accumulate
 
 REPEATS = 5

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from effitrain.cli.flags import MEMORY_FIELDS, MODEL_FIELDS, recipe_fields, recipe_flags
+from effitrain.cli.flags import MODEL_FIELDS, WHOLE_MODEL, recipe_fields, recipe_flags
 
 if TYPE_CHECKING:
     from effitrain.evals.chat import ChatSession
 
 
 @click.command("chat")
-@recipe_flags([*MODEL_FIELDS, "template", *MEMORY_FIELDS])
+@recipe_flags([*MODEL_FIELDS, "template", *WHOLE_MODEL], without=("prune",))
 @click.option("--adapter", metavar="DIR", help="Adapter folder, or a run folder that holds one.")
 @click.option("--prompt", multiple=True, help="Answer this and end; several are answered together. Without it, talk.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True, help="Longest answer.")

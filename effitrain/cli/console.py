@@ -42,7 +42,9 @@ class Console(Events):
     def stored(self, done: int, parts: int) -> None:
         """One more part of the store."""
         if self.bar is None:
-            self.bar = tqdm(total=parts, desc="building the store", unit="part", leave=False)
+            self.bar = _bar("building the store", parts, leave=False)
+        if self.bar.disable and done * LOGGED_LINES // parts > (done - 1) * LOGGED_LINES // parts:
+            self.note(f"Building the store: part {done} of {parts}")
         self.bar.update(done - self.bar.n)
         if done == parts:
             self.close()

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from effitrain.cli.flags import DATA_FIELDS, MEMORY_FIELDS, MODEL_FIELDS, recipe_fields, recipe_flags
+from effitrain.cli.flags import DATA_FIELDS, MODEL_FIELDS, WHOLE_MODEL, recipe_fields, recipe_flags
 
 
 def _lengths(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -25,7 +25,7 @@ def _bucket(_context: click.Context, _option: click.Parameter, value: str | None
 
 
 @click.command("eval")
-@recipe_flags([*MODEL_FIELDS, *DATA_FIELDS, *MEMORY_FIELDS])
+@recipe_flags([*MODEL_FIELDS, *DATA_FIELDS, *WHOLE_MODEL], without=("prune",))
 @click.option("--adapter", metavar="DIR", help="Adapter folder, or a run folder that holds one.")
 @click.option(
     "--by-position",

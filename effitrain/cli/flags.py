@@ -1,7 +1,7 @@
 """Flags made from the recipe's fields: one name, one meaning, one default everywhere."""
 
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
@@ -13,16 +13,19 @@ from effitrain.core.recipe import LATER, Recipe, read_recipe_file
 MODEL_FIELDS = ("model", "weights")
 DATA_FIELDS = ("dataset", "format", "columns", "template", "train_on_prompt", "truncation", "packing", "join_documents")
 MEMORY_FIELDS = ("gpu_mem", "host_mem", "quant", "dtype", "batch_size", "max_seq_len", "seed")
+WHOLE_MODEL = (*MEMORY_FIELDS, "fit", "resident_layers")  # of verbs that use a model as it is
 _BYTE_FIELDS = {"gpu_mem", "host_mem"}
 
 
-def recipe_flags(fields: Iterable[str] | None = None) -> Callable[[Any], Any]:
-    """Decorator that gives a command a flag for each recipe field, all of them by default, and ``--config``."""
+def recipe_flags(fields: Iterable[str] | None = None, without: Container[str] = ()) -> Callable[[Any], Any]:
+    """Decorator that gives a command a flag for each recipe field, all of them by default, and ``--config``; values in
+    ``without`` are not offered.
+    """
     chosen = list(fields or Recipe.model_fields)
 
     def decorate(command: Any) -> Any:
         for name in reversed(chosen):
-            command = _option(name, Recipe.model_fields[name])(command)
+            command = _option(name, Recipe.model_fields[name], without)(command)
         return click.option("--config", metavar="FILE", help="Recipe in YAML; flags override it.")(command)
 
     return decorate
@@ -51,13 +54,13 @@ def _unknown_flag(error: click.NoSuchOption) -> str:
     return f"No such flag: {error.option_name}." + (f" Did you mean --{nearest.replace('_', '-')}?" if nearest else "")
 
 
-def _option(name: str, field: FieldInfo) -> Callable[[Any], Any]:
+def _option(name: str, field: FieldInfo, without: Container[str]) -> Callable[[Any], Any]:
     flag = "--" + name.replace("_", "-")
     names = [flag, "-o", name] if name == "output_dir" else [flag, name]
     if field.annotation is bool:
         names[0] = f"{flag}/--no-{name.replace('_', '-')}"
         return click.option(*names, default=None, help=_help(field))
-    return click.option(*names, default=None, metavar=_metavar(name, field), help=_help(field))
+    return click.option(*names, default=None, metavar=_metavar(name, field, without), help=_help(field))
 
 
 def _help(field: FieldInfo) -> str:
@@ -65,10 +68,10 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description}." + ("" if shown is None else f"  [{shown}]")
 
 
-def _metavar(name: str, field: FieldInfo) -> str:
+def _metavar(name: str, field: FieldInfo, without: Container[str]) -> str:
     kind = _bare(field.annotation)
     if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
+        return "|".join(value for value in get_args(kind) if value not in without)
     if name in _BYTE_FIELDS:
         return "SIZE"
     return {int: "N", float: "X"}.get(kind, "TEXT")

@@ -10,6 +10,7 @@ from rich.table import Table
 from effitrain.core.plan import Plan, refusal
 from effitrain.core.units import format_bytes
 
+_UNTOLD = {("at_once", 1), ("mlp_tiles", 1), ("work", "train")}  # settings that go without saying
 _SMALLEST_SHARE = 0.01  # ledger lines below this share of the peak are summed up in one line
 
 
@@ -68,8 +69,7 @@ def _print_each(sentences: Iterable[str], terminal: Terminal) -> None:
 
 def _settings(plan: Plan) -> str:
     """The chosen settings that do something, and the estimated speed on a card; small models on a CPU defy one."""
-    settings = asdict(plan.settings)
-    shown = {name: value for name, value in settings.items() if value and (name, value) != ("mlp_tiles", 1)}
+    shown = {name: value for name, value in asdict(plan.settings).items() if value and (name, value) not in _UNTOLD}
     words = [name.replace("_", " ") + ("" if value is True else f" {value}") for name, value in shown.items()]
     speed = [f"about {plan.tokens_per_second_estimate:,.0f} tokens/s"] if plan.overhead_bytes and plan.fits else []
     return ", ".join([*words, *speed])

@@ -16,12 +16,13 @@ def command() -> None:
 @command.command("ls")
 def ls() -> None:
     """List the stores with their sizes."""
-    from effitrain.io.store import default_store_dir, folder_bytes, list_stores
+    from effitrain.io.stores import default_store_dir, folder_bytes, list_stores, origin_of
 
     root = default_store_dir()
     folders = list_stores(root)
     for folder in folders:
-        click.echo(f"{format_bytes(folder_bytes(folder)):>10}  {folder.name}")
+        origin = origin_of(folder)
+        click.echo(f"{format_bytes(folder_bytes(folder)):>10}  {folder.name}" + (f"  from {origin}" if origin else ""))
     click.echo(f"{len(folders)} in {root}")
 
 
@@ -29,7 +30,8 @@ def ls() -> None:
 @click.argument("names", nargs=-1)
 def verify(names: tuple[str, ...]) -> None:
     """Read stores, all unless some are named, and compare every byte with what was written."""
-    from effitrain.io.store import SUFFIX, default_store_dir, list_stores, verify_store
+    from effitrain.io.store import verify_store
+    from effitrain.io.stores import SUFFIX, default_store_dir, list_stores
 
     root = default_store_dir()
     found = [folder.name for folder in list_stores(root) if not folder.name.endswith(SUFFIX)]
@@ -42,7 +44,8 @@ def verify(names: tuple[str, ...]) -> None:
 @click.argument("names", nargs=-1, required=True)
 def rm(names: tuple[str, ...]) -> None:
     """Remove stores, finished or not; the next run that needs one builds it again."""
-    from effitrain.io.store import default_store_dir, remove_store
+    from effitrain.io.store import remove_store
+    from effitrain.io.stores import default_store_dir
 
     root = default_store_dir()
     for folder in [_named(root, name) for name in names]:
@@ -52,7 +55,7 @@ def rm(names: tuple[str, ...]) -> None:
 
 def _named(root: Path, name: str) -> Path:
     """The folder of a store, never one elsewhere."""
-    from effitrain.io.store import list_stores
+    from effitrain.io.stores import list_stores
 
     folders = {folder.name: folder for folder in list_stores(root)}
     if name not in folders:

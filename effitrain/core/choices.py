@@ -6,7 +6,8 @@ from functools import cached_property
 from typing import Literal
 
 from effitrain.core.budget import MemoryBudget
-from effitrain.core.ledger import LedgerLine, Settings, gpu_bytes, host_bytes
+from effitrain.core.forward import forward_ledger
+from effitrain.core.ledger import LedgerLine, Settings, Work, gpu_bytes, host_bytes
 from effitrain.core.memory import make_ledger
 from effitrain.core.methods import WEIGHTS, default_lr
 from effitrain.core.recipe import Recipe
@@ -48,15 +49,17 @@ class Choice:
         return self.peak <= budget.gpu_bytes and self.host_peak <= budget.host_bytes
 
 
-def list_choices(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: Weights = "resident") -> list[Choice]:
+def list_choices(
+    spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: Weights = "resident", work: Work = "train"
+) -> list[Choice]:
     """Every combination of what the recipe leaves open; one only when it fixes everything.
 
     Streamed choices hold as many layers on the device and in host memory as the budget allows, or as the recipe says.
     """
-    choices = [_place(spec, recipe, settings, budget) for settings in _candidates(spec, recipe, budget, weights)]
+    choices = [_place(spec, recipe, settings, budget) for settings in _candidates(spec, recipe, budget, weights, work)]
     if not any(choice.fits(budget) for choice in choices):
         choices += [_place(spec, recipe, settings, budget) for settings in _tiled(choices, recipe)]
-    if recipe.optimizer is None:
+    if recipe.optimizer is None and work == "train":
         lean = replace(leanest(choices, budget).settings, optimizer="adamw8bit")
         choices.append(_place(spec, recipe, lean, budget))
     return choices
@@ -93,7 +96,11 @@ def compute_dtype(recipe: Recipe, budget: MemoryBudget) -> Dtype:
 
 def _choice(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> Choice:
     speed = tokens_per_second(spec, recipe, settings, budget.rates)
-    return Choice(spec, settings, make_ledger(spec, recipe, settings, budget), speed)
+    return Choice(spec, settings, _ledger(spec, recipe, settings, budget), speed)
+
+
+def _ledger(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> tuple[LedgerLine, ...]:
+    return (make_ledger if settings.work == "train" else forward_ledger)(spec, recipe, settings, budget)
 
 
 def _place(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> Choice:
@@ -104,7 +111,7 @@ def _place(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBu
 
     def ledger(resident: int, on_disk: int) -> tuple[LedgerLine, ...]:
         placed = replace(settings, streamed=layers - resident, on_disk=on_disk)
-        return make_ledger(spec, recipe, placed, budget)
+        return _ledger(spec, recipe, placed, budget)
 
     if recipe.resident_layers is not None:
         resident = min(recipe.resident_layers, layers - 1)
@@ -130,12 +137,13 @@ def _most(limit: int, room: Callable[[int], int]) -> int:
     return number
 
 
-def _candidates(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: Weights) -> Iterator[Settings]:
+def _candidates(
+    spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: Weights, work: Work
+) -> Iterator[Settings]:
     length = sequence_length(spec, recipe)
-    for recompute, offload in _kept(recipe, weights):
-        for batch_size in _batch_sizes(recipe, length, budget.device):
-            accum = recipe.grad_accum or max(1, round(SAMPLES_PER_STEP / batch_size))
-            for by_layer in _orders(recipe, weights, accum):
+    for recompute, offload in _kept(recipe, weights, work):
+        for batch_size, accum in _sizes(recipe, length, budget.device, work):
+            for at_once in _groups(recipe, weights, accum) if work != "chat" else [accum]:
                 yield Settings(
                     max_seq_len=length,
                     batch_size=batch_size,
@@ -146,8 +154,9 @@ def _candidates(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: 
                     optimizer=recipe.optimizer or "adamw",
                     lr=recipe.lr or default_lr(recipe.method),
                     streamed=spec.num_layers if weights == "streamed" else 0,
-                    by_layer=by_layer,
+                    at_once=at_once,
                     mlp_tiles=recipe.mlp_tiles or 1,
+                    work=work,
                 )
 
 
@@ -162,15 +171,23 @@ def _tiled(choices: list[Choice], recipe: Recipe) -> Iterator[Settings]:
             yield replace(settings, mlp_tiles=-(-settings.tokens // TILE_TOKENS))
 
 
-def _orders(recipe: Recipe, weights: Weights, accum: int) -> tuple[bool, ...]:
-    """Whether the micro-batches of a step pass a layer together; with one of them there is no difference."""
-    if weights == "resident" or accum == 1:
-        return (False,)
-    return {"auto": (False, True), "micro-batch": (False,), "layer": (True,)}[recipe.stream_order]
+def _groups(recipe: Recipe, weights: Weights, accum: int) -> list[int]:
+    """How many micro-batches may pass a layer together: a step's share in 1, 2, 3 ... groups. Of equally fast ones the
+    first is taken: the whole step for who asks for ``layer``, else as few as do.
+    """
+    if weights == "resident" or recipe.stream_order == "micro-batch":
+        return [1]
+    sizes = {-(-accum // groups) for groups in range(1, accum + 1)}
+    if recipe.stream_order == "layer" and accum > 1:
+        return sorted(sizes - {1}, reverse=True)
+    return sorted(sizes)
 
 
-def _kept(recipe: Recipe, weights: Weights) -> Iterator[tuple[Recompute, bool]]:
+def _kept(recipe: Recipe, weights: Weights, work: Work) -> Iterator[tuple[Recompute, bool]]:
     """What the backward pass computes again, and whether layer inputs wait on the host, the fastest first."""
+    if work != "train":
+        yield "layer", False
+        return
     levels: tuple[Recompute, ...] = ("none", "mlp", "layer") if recipe.recompute == "auto" else (recipe.recompute,)
     for level in levels:
         if (weights == "streamed" or (recipe.mlp_tiles or 1) > 1) and level != "layer":
@@ -181,6 +198,13 @@ def _kept(recipe: Recipe, weights: Weights) -> Iterator[tuple[Recompute, bool]]:
         for offload in offloads:
             if level == "layer" or not offload:
                 yield level, offload
+
+
+def _sizes(recipe: Recipe, length: int, device: str, work: Work) -> Iterator[tuple[int, int]]:
+    """Samples of a micro-batch, and micro-batches of a step. In chat every conversation is a micro-batch."""
+    for size in _batch_sizes(recipe, length, device):
+        accum = recipe.grad_accum or max(1, round(SAMPLES_PER_STEP / size))
+        yield (1, size) if work == "chat" else (size, accum)
 
 
 def _batch_sizes(recipe: Recipe, length: int, device: str) -> list[int]:

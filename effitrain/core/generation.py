@@ -1,17 +1,17 @@
 """How many texts may be generated at a time: their keys and values must lie beside the weights."""
 
 from effitrain.core.budget import MemoryBudget
+from effitrain.core.forward import resident_lines
 from effitrain.core.ledger import Settings, gpu_bytes
-from effitrain.core.memory import held_lines
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import LayerSpec, ModelSpec
 
 
 def texts_at_once(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget, tokens: int) -> int:
-    """How many texts of ``tokens`` have room for their keys, values and hidden states on the device, beside what a
-    training step holds there and one layer at work; 0 where not even one has.
+    """How many texts of ``tokens`` have room for their keys, values and hidden states on the device, beside
+    weights and adapter and one layer at work; 0 where not even one has.
     """
-    room = budget.gpu_bytes - gpu_bytes(held_lines(spec, recipe, settings, budget))
+    room = budget.gpu_bytes - gpu_bytes(resident_lines(spec, recipe, settings, budget))
     at_work = max(_at_work(layer, spec, settings, tokens) for layer, _ in spec.shapes)
     cached = sum(2 * _width(layer, "k_proj") * count for layer, count in spec.shapes)
     each = tokens * (cached + spec.hidden) * settings.width

@@ -6,6 +6,7 @@ from typing import Literal
 
 GPU, HOST, DISK = "gpu", "host", "disk"
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+Work = Literal["train", "score", "chat"]
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,13 @@ class LedgerLine:
 
 @dataclass(frozen=True)
 class Settings:
-    """The training settings a plan decides on; lengths in tokens, ``batch_size`` in samples a micro-batch.
+    """The settings a plan decides on; lengths in tokens, ``batch_size`` in samples a micro-batch.
 
     ``recompute``: what is computed again in the backward pass; ``offload``: layer inputs wait for it on the host.
     ``streamed``: layers whose frozen weights visit the device; ``on_disk``: how many of them are read from the disk;
-    ``by_layer``: all micro-batches of a step pass a layer before the next one is fetched; ``mlp_tiles``: parts of a
-    micro-batch that norms and MLPs take one by one.
+    ``at_once``: micro-batches that pass a layer before the next one is fetched, fewer in the last group of a step;
+    ``mlp_tiles``: parts of a micro-batch that norms and MLPs take one by one; ``work``: training, scoring texts (forward
+    passes alone), or chat, where a micro-batch is a conversation.
     """
 
     max_seq_len: int
@@ -38,8 +40,9 @@ class Settings:
     lr: float
     streamed: int = 0
     on_disk: int = 0
-    by_layer: bool = False
+    at_once: int = 1
     mlp_tiles: int = 1
+    work: Work = "train"
 
     @property
     def tokens(self) -> int:
@@ -52,9 +55,9 @@ class Settings:
         return -(-self.tokens // self.mlp_tiles)
 
     @property
-    def at_once(self) -> int:
-        """Micro-batches that pass a layer before the next layer is needed."""
-        return self.grad_accum if self.by_layer else 1
+    def passes(self) -> int:
+        """Groups of micro-batches in a step: how often it goes forward and backward through the layers."""
+        return -(-self.grad_accum // self.at_once)
 
     @property
     def width(self) -> int:

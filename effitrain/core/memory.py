@@ -4,11 +4,13 @@ Letters in formulas: T tokens of a micro-batch, L layers, h hidden size, V vocab
 (``c`` in the code) are written as 2 B or 4 B.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 
+from effitrain.core.blobs import SLOTS, blobs, placed, summed
 from effitrain.core.budget import MemoryBudget
-from effitrain.core.layout import BLOCK, NESTED_BLOCK, NF4, layer_layout
+from effitrain.core.layout import BLOCK, NESTED_BLOCK
 from effitrain.core.ledger import DISK, GPU, HOST, LedgerLine, Settings, gpu_bytes
 from effitrain.core.methods import WEIGHTS
 from effitrain.core.recipe import Recipe
@@ -22,7 +24,6 @@ MIN_8BIT, STATE_BLOCK = 4096, 256
 LOSS_CHUNK_BYTES, LOSS_MIN_ROWS = 64 * 2**20, 16
 # Resident size of the process with every library loaded: 0.55 GiB measured with the CPU build of torch; data on top.
 PROCESS_BYTES = {"cpu": 2**30, "cuda": 2 * 2**30}
-SLOTS = 3  # that streamed layers visit on the device
 OVERHEAD = "context and slack"
 
 
@@ -44,7 +45,7 @@ def make_ledger(
     lines = (
         *held_lines(spec, recipe, settings, budget),
         *max(moments, key=gpu_bytes),
-        *_host(spec, recipe, settings, budget.device),
+        *host_lines(spec, recipe, settings, budget.device),
     )
     return tuple(line for line in lines if line.bytes)
 
@@ -52,8 +53,8 @@ def make_ledger(
 def held_lines(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> tuple[LedgerLine, ...]:
     """What is on the device all the time."""
     return (
-        *_frozen(spec, recipe, settings),
-        *_tables(spec, recipe, settings, budget.device),
+        *frozen_weights(spec, recipe, settings),
+        *tables(spec, recipe, settings, budget.device),
         *(_masters if recipe.method in WEIGHTS else _adapters)(spec, recipe, settings),
         _gpu(OVERHEAD, budget.overhead_bytes, "CUDA context, workspaces, allocator slack"),
     )
@@ -136,30 +137,26 @@ def _layers(spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[LayerSpec, int, b
         yield from ((layer, number, own) for number, own in ((trained, True), (count - trained, False)) if number)
 
 
-def _factors(spec: ModelSpec, recipe: Recipe) -> list[tuple[int, int]]:
+def adapter_factors(spec: ModelSpec, recipe: Recipe) -> list[tuple[int, int]]:
     """Sizes of the adapters' factors, ``A [r, in]`` and ``B [out, r]``, and how many there are of each."""
     linears = [(linear, count) for linear, count in (*_linears(spec), (spec.head, 1)) if adapted(linear, recipe)]
     return [(recipe.lora_r * side, n) for linear, n in linears for side in (linear.in_features, linear.out_features)]
 
 
-def blob_bytes(layer: LayerSpec, recipe: Recipe, settings: Settings) -> int:
-    """The matrices of a layer in one piece, as they are stored and streamed."""
-    form = NF4 if recipe.quant == NF4 else settings.dtype
-    return layer_layout(layer, lambda linear: form).nbytes
-
-
-def _frozen(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
+def frozen_weights(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
     """Frozen weights of the resident layers, and the slots that streamed ones visit."""
-    on_device = spec.num_layers - settings.streamed - active_layers(spec, recipe)
-    resident = Fraction(on_device, spec.num_layers)
-    weights = f"{int(spec.linear_params * resident):,} weights"
+    place, active = placed(spec, settings), active_layers(spec, recipe)
+    kinds = Counter(spec.kinds[layer] for layer in place.resident)
+    resident = [(linear, count) for kind, count in kinds.items() for linear in spec.shapes[kind][0].linears]
+    frozen = Fraction(len(place.resident) - active, max(1, len(place.resident)))
+    number = int(frozen * sum(count * linear.weights for linear, count in resident))
+    tensors = int(frozen * sum(count for _, count in resident))
+    weights, on_device = f"{number:,} weights", len(place.resident) - active
     of = f" ({on_device} of {spec.num_layers} layers)" if on_device < spec.num_layers else ""
     slots = _slots(spec, recipe, settings)
     if recipe.quant == "none":
-        size = int(spec.linear_params * settings.width * resident)
-        return (_gpu("frozen linears", size, f"{weights} x {settings.width} B{of}"), *slots)
-    size = int(sum(count * nf4_bytes(linear.weights) for linear, count in _linears(spec)) * resident)
-    tensors = int(sum(count for _, count in _linears(spec)) * resident)
+        return (_gpu("frozen linears", number * settings.width, f"{weights} x {settings.width} B{of}"), *slots)
+    size = int(frozen * sum(count * nf4_bytes(linear.weights) for linear, count in resident))
     return (
         _gpu("frozen linears", size, f"{weights} x (1/2 + 1/64 + 1/4096) B, rounded up per tensor{of}"),
         _gpu("NF4 offsets", 4 * tensors, f"{tensors} tensors x 4 B"),
@@ -170,12 +167,12 @@ def _frozen(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[Ledger
 def _slots(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
     if not settings.streamed:
         return ()
-    blob = max(blob_bytes(layer, recipe, settings) for layer, _ in spec.shapes)
-    count = min(SLOTS, settings.streamed)
-    return (_gpu("streaming slots", count * blob, f"{count} x {blob:,} B, the largest layer"),)
+    place = placed(spec, settings)
+    blob = max(blobs(spec, recipe, settings, place.streamed))
+    return (_gpu("streaming slots", place.slots * blob, f"{place.slots} x {blob:,} B, the largest layer"),)
 
 
-def _tables(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) -> tuple[LedgerLine, ...]:
+def tables(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) -> tuple[LedgerLine, ...]:
     """Frozen embedding, head, norms and biases, all in the compute dtype."""
     c, trained = settings.width, trains_tables(spec, recipe)
     table = f"V {spec.vocab} x h {spec.hidden} x {c} B"
@@ -193,7 +190,7 @@ def _tables(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) ->
 
 
 def _adapters(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
-    factors = _factors(spec, recipe)
+    factors = adapter_factors(spec, recipe)
     weights = sum(size * count for size, count in factors)
     states = sum(count * optimizer_bytes(size, settings.optimizer) for size, count in factors)
     return (
@@ -339,7 +336,8 @@ def _mlp_gradients(
     return tuple(lines)
 
 
-def _host(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) -> tuple[LedgerLine, ...]:
+def host_lines(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) -> tuple[LedgerLine, ...]:
+    """What the host holds, and the store on disk."""
     largest = max(spec.embedding_params, *(linear.weights for linear, _ in _linears(spec)))
     c, tokens = settings.width, settings.tokens
     lines = [
@@ -352,10 +350,12 @@ def _host(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) -> t
         formula = f"{at_once} micro-batches x L {spec.num_layers} x T {tokens} x h {spec.hidden} x {c} B"
         lines.append(LedgerLine("layer inputs, offloaded", HOST, size, formula))
     if settings.streamed:
-        blob = max(blob_bytes(layer, recipe, settings) for layer, _ in spec.shapes)
-        held, read = settings.streamed - settings.on_disk, settings.on_disk
-        lines.append(LedgerLine("streamed layers", HOST, held * blob, f"{held} layers x {blob:,} B"))
-        ahead = min(SLOTS, read)
-        lines.append(LedgerLine("read-ahead", HOST, ahead * blob, f"{ahead} buffers x {blob:,} B"))
-        lines.append(LedgerLine("store", DISK, spec.num_layers * blob, f"L {spec.num_layers} x {blob:,} B"))
+        place, every = placed(spec, settings), range(spec.num_layers)
+        held, read, store = (
+            blobs(spec, recipe, settings, layers) for layers in (place.in_host_memory, place.on_disk, every)
+        )
+        lines.append(LedgerLine("streamed layers", HOST, sum(held), summed(held)))
+        ahead, largest = min(SLOTS, len(read)), max(read, default=0)
+        lines.append(LedgerLine("read-ahead", HOST, ahead * largest, f"{ahead} buffers x {largest:,} B"))
+        lines.append(LedgerLine("store", DISK, sum(store), summed(store)))
     return tuple(lines)

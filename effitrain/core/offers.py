@@ -31,7 +31,7 @@ class Alternative:
 def other_ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, chosen: Way) -> list[Alternative]:
     """The other ways: resident, streamed, and pruned at each ratio of the table, streamed too where it must."""
     found: dict[tuple[str, float | None], Way] = {}
-    for way in ways(spec, recipe.changed(fit="auto", prune_ratio=None, resident_layers=None), budget):
+    for way in ways(spec, recipe.changed(fit="auto", prune_ratio=None, resident_layers=None), budget, chosen.work):
         known = found.setdefault((way.fit, way.prune_ratio), way)
         if way.fits and not known.fits:
             found[way.fit, way.prune_ratio] = way
@@ -82,17 +82,17 @@ def _alternative(way: Way, why: str) -> Alternative:
 
 def _changes(way: Way) -> Iterator[dict[str, Any]]:
     """Changes of one fixed field each that save memory, those that leave the result as it is first."""
-    recipe = way.recipe
-    if recipe.recompute in ("none", "mlp"):
+    recipe, training = way.recipe, way.work == "train"
+    if training and recipe.recompute in ("none", "mlp"):
         yield {"recompute": "layer"}
-    if recipe.offload_activations == "off" and recipe.recompute in ("auto", "layer"):
+    if training and recipe.offload_activations == "off" and recipe.recompute in ("auto", "layer"):
         yield {"offload_activations": "on"}
     if recipe.mlp_tiles == 1 and not recipe.lora_dropout and way.best.settings.tokens > TILE_TOKENS:
         yield {"mlp_tiles": -(-way.best.settings.tokens // TILE_TOKENS)}
     if recipe.batch_size and recipe.batch_size > 1:
         samples = recipe.batch_size * recipe.grad_accum if recipe.grad_accum else SAMPLES_PER_STEP
-        yield {"batch_size": 1, "grad_accum": samples}
-    if recipe.optimizer == "adamw":
+        yield {"batch_size": 1, "grad_accum": samples} if training else {"batch_size": 1}
+    if training and recipe.optimizer == "adamw":
         yield {"optimizer": "adamw8bit"}
     if recipe.dtype == "fp32" and way.budget.device == "cuda":
         yield {"dtype": "bf16"}

@@ -9,7 +9,7 @@ from effitrain.core.budget import MemoryBudget
 from effitrain.core.cards import TYPICAL, rates_of
 from effitrain.core.choices import CPU_MICRO_BATCH_TOKENS, SAMPLES_PER_STEP, Choice
 from effitrain.core.errors import BudgetError, InputError
-from effitrain.core.ledger import DISK, LedgerLine, Settings, gpu_bytes, host_bytes
+from effitrain.core.ledger import DISK, LedgerLine, Settings, Work, gpu_bytes, host_bytes
 from effitrain.core.memory import adapted, make_ledger
 from effitrain.core.offers import Alternative, leaner, other_ways
 from effitrain.core.recipe import Recipe
@@ -62,16 +62,18 @@ class Plan:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
 
-def make_plan(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> Plan:
+def make_plan(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "train") -> Plan:
     """The first way that fits, from the exact and fast to the approximate; in it the fastest settings.
 
-    What the recipe fixes stays. Where nothing fits, the leanest settings of the first way.
+    What the recipe fixes stays. Where nothing fits, the leanest settings of the first way. What is no training takes
+    forward passes alone, and the adapter that ``recipe`` names is there to be used.
 
     Raises:
         InputError: the recipe adapts a linear that the model does not have, or prunes what it cannot.
     """
-    _check_targets(spec, recipe)
-    possible = ways(spec, recipe, budget)
+    if work == "train":
+        _check_targets(spec, recipe)
+    possible = ways(spec, recipe, budget, work)
     way = next((way for way in possible if way.fits), None) or min(possible, key=lambda way: way.shortage)
     choice = way.best
     return Plan(
@@ -90,7 +92,7 @@ def make_plan(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> Plan:
         reasons=(
             *_shortfalls(choice, budget),
             *_notices(spec, choice, budget),
-            *(_explain(way, choice, budget) if way.fits else ()),
+            *(_explain(way, choice, budget) if way.fits and work == "train" else ()),
         ),
         proof=None,
         settings=choice.settings,
@@ -120,11 +122,13 @@ def for_tokens(plan: Plan, spec: ModelSpec, recipe: Recipe, budget: MemoryBudget
 def resolve(recipe: Recipe, plan: Plan) -> Recipe:
     """The recipe with every field that was left to the plan filled in."""
     settings = dataclasses.asdict(plan.settings)
-    streamed = settings.pop("streamed")
-    del settings["on_disk"]
-    by_layer = settings.pop("by_layer")
+    streamed, at_once = settings.pop("streamed"), settings.pop("at_once")
+    del settings["on_disk"], settings["work"]
+    order = recipe.stream_order
+    if order == "auto":
+        order = "layer" if at_once > 1 else "micro-batch"
     fields = {
-        "stream_order": ("layer" if by_layer else "micro-batch") if streamed else recipe.stream_order,
+        "stream_order": order if streamed else "auto",
         "fit": plan.fit,
         "offload_activations": "on" if settings.pop("offload") else "off",
         "resident_layers": plan.resident_layers if streamed else recipe.resident_layers,
@@ -205,11 +209,11 @@ def _explain_streaming(way: Way, choice: Choice, budget: MemoryBudget) -> Iterat
     settings = choice.settings
     time = step_time(choice.spec, way.recipe, settings, budget.rates)
     tokens = tokens_to_hide(choice.spec, way.recipe, settings, budget.rates)
-    often = "step: all its micro-batches pass a layer together" if settings.by_layer else "micro-batch"
-    yield f"{settings.streamed} of {choice.spec.num_layers} layers visit the device twice a {often}."
+    yield f"{settings.streamed} of {choice.spec.num_layers} layers visit the device twice {_how_often(settings)}."
+    together = "step that pass a layer together" if settings.at_once > 1 else "micro-batch"
     yield (
         f"{time.hidden_share:.0%} of the copying hides behind computation, all of it from about {tokens:,} tokens a"
-        f" {'step' if settings.by_layer else 'micro-batch'}."
+        f" {together}."
     )
     store, shards = sum(line.bytes for line in choice.ledger if line.where == DISK), 2 * way.spec.params
     if way.fit == "stream" and not way.recipe.weights:
@@ -219,6 +223,17 @@ def _explain_streaming(way: Way, choice: Choice, budget: MemoryBudget) -> Iterat
         )
     if settings.on_disk:
         yield f"{settings.on_disk} of them are read from the disk, taken to give {budget.rates.disk / 1e9:g} GB/s."
+
+
+def _how_often(settings: Settings) -> str:
+    if settings.at_once == 1:
+        return "a micro-batch"
+    if settings.passes == 1:
+        return "a step: all its micro-batches pass a layer together"
+    return (
+        f"for every {settings.at_once} micro-batches, which pass a layer together: {settings.passes} groups a step, as"
+        " many as memory for their layer inputs demands"
+    )
 
 
 def _explain_recomputation(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:

@@ -305,6 +305,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield "--packing keeps samples apart, and --join-documents lets them see each other."
     if recipe.join_documents and recipe.format not in ("auto", "text"):
         yield f"--join-documents is for running text, and --format is {recipe.format}."
+    if recipe.stream_order != "auto" and recipe.fit == "resident":
+        yield f"--stream-order {recipe.stream_order} is for models that stream, and --fit is resident."
     if recipe.prune_method == "loraprune":
         for field in ("prune_score", "prune_ranking", "align", "calib_dataset", "small_model"):
             if getattr(recipe, field) != Recipe.model_fields[field].default:

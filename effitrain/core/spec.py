@@ -133,6 +133,12 @@ class ModelSpec:
         counts = Counter((layer.linears, layer.other_params) for layer in self.layers)
         return tuple((first[shape], count) for shape, count in counts.items())
 
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """The place of each layer's shape in ``shapes``."""
+        places = {(layer.linears, layer.other_params): kind for kind, (layer, _) in enumerate(self.shapes)}
+        return tuple(places[layer.linears, layer.other_params] for layer in self.layers)
+
     @property
     def linear_params(self) -> int:
         """Elements of the decoder linears' matrices: the frozen weights. Head and biases are not counted."""

@@ -5,9 +5,9 @@ Letters: W weights of the decoder linears, T tokens of a micro-batch, h hidden s
 
 from dataclasses import dataclass
 
+from effitrain.core.blobs import blobs, placed
 from effitrain.core.cards import Rates
 from effitrain.core.ledger import Settings
-from effitrain.core.memory import blob_bytes
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import LayerSpec, ModelSpec
 
@@ -22,7 +22,7 @@ DISK_LOSS = 0.1
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one micro-batch's forward and backward pass: computing, and copying streamed layers."""
+    """Seconds of a micro-batch's forward pass, its backward pass (0: none), and of copying streamed layers in each."""
 
     forward: float
     backward: float
@@ -31,14 +31,18 @@ class StepTime:
     @property
     def total(self) -> float:
         """Copies run beside the computation; each pass takes the longer of the two."""
-        return max(self.forward, self.copy) + max(self.backward, self.copy)
+        return sum(max(seconds, self.copy) for seconds in self._passes)
 
     @property
     def hidden_share(self) -> float:
         """Share of the copies' time that computation covers; 1 where there are none."""
         if not self.copy:
             return 1.0
-        return (min(self.forward, self.copy) + min(self.backward, self.copy)) / (2 * self.copy)
+        return sum(min(seconds, self.copy) for seconds in self._passes) / (len(self._passes) * self.copy)
+
+    @property
+    def _passes(self) -> list[float]:
+        return [self.forward, self.backward] if self.backward else [self.forward]
 
 
 def step_time(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates) -> StepTime:
@@ -49,20 +53,22 @@ def step_time(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates)
     dequant = DEQUANT_BYTES * _dequantised(spec, settings) / rates.memory if recipe.quant == "nf4" else 0.0
     share = again / once
     forward = (once + 2 * head) / (EFFICIENCY * rates.flops) + dequant  # the loss brings its gradient along
+    if settings.work != "train":
+        return StepTime(forward, 0.0, _copy(spec, recipe, settings, rates))
     backward = (once + again) / (EFFICIENCY * rates.flops) + (1 + share) * dequant
     return StepTime(forward, backward, _copy(spec, recipe, settings, rates))
 
 
 def tokens_per_second(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates) -> float:
     """Estimated speed of training."""
-    share = 1 - DISK_LOSS / settings.at_once if settings.on_disk else 1.0
+    share = 1 - DISK_LOSS * settings.passes / settings.grad_accum if settings.on_disk else 1.0
     return share * settings.tokens / step_time(spec, recipe, settings, rates).total
 
 
 def tokens_to_hide(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates) -> int:
     """Tokens that pass a layer at a time from which the copies vanish behind the forward pass; 0 without copies."""
     time = step_time(spec, recipe, settings, rates)
-    return round(settings.at_once * settings.tokens * time.copy / time.forward)
+    return round(settings.grad_accum * settings.tokens * time.copy / (settings.passes * time.forward))
 
 
 def _layer(layer: LayerSpec, spec: ModelSpec, settings: Settings) -> float:
@@ -88,9 +94,12 @@ def _again(layer: LayerSpec, spec: ModelSpec, settings: Settings) -> float:
 
 
 def _copy(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: Rates) -> float:
-    """Seconds of one pass over the streamed layers, and of the layer inputs that share the link with them."""
+    """A micro-batch's share of the seconds that copying the streamed layers once takes, and those of its layer inputs,
+    which go by the same link.
+    """
     inputs = spec.num_layers * settings.tokens * spec.hidden * settings.width if settings.offload else 0
     if not settings.streamed and not inputs:
         return 0.0
-    blob = max(blob_bytes(layer, recipe, settings) for layer, _ in spec.shapes) / settings.at_once
-    return max((settings.streamed * blob + inputs) / rates.link, settings.on_disk * blob / rates.disk)
+    place, share = placed(spec, settings), settings.passes / settings.grad_accum
+    streamed, read = (share * sum(blobs(spec, recipe, settings, which)) for which in (place.streamed, place.on_disk))
+    return max((streamed + inputs) / rates.link, read / rates.disk)

@@ -8,6 +8,7 @@ from effitrain.core.budget import MemoryBudget
 from effitrain.core.choices import Choice, Weights, best, list_choices
 from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
+from effitrain.core.ledger import Work
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 
@@ -25,11 +26,12 @@ class Way:
     recipe: Recipe
     budget: MemoryBudget
     prune_ratio: float | None = None
+    work: Work = "train"
 
     @cached_property
     def choices(self) -> list[Choice]:
         """Every combination of settings that the recipe leaves open."""
-        return list_choices(self.spec, self.recipe, self.budget, self.weights)
+        return list_choices(self.spec, self.recipe, self.budget, self.weights, self.work)
 
     @cached_property
     def best(self) -> Choice:
@@ -48,15 +50,17 @@ class Way:
         return max(0, device), max(0, host)
 
 
-def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> list[Way]:
+def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "train") -> list[Way]:
     """The ways that ``recipe`` allows, best first: resident, streamed, pruned, and pruned and streamed.
 
-    ``--prefer fast`` puts pruning before streaming.
+    ``--prefer fast`` puts pruning before streaming. What is no training is done with the whole model.
 
     Raises:
         InputError: the recipe's ratio or exempt layers leave nothing to prune.
     """
     _check_layers(spec, recipe)
+    if work != "train":
+        return _whole(spec, recipe, budget, work)
     if recipe.prune_method == "loraprune" and (recipe.fit == "prune" or recipe.prune_ratio is not None):
         small_spec(spec, recipe)
         return [Way("prune", "resident", spec, recipe, budget, recipe.prune_ratio)]  # the whole model, masked
@@ -78,6 +82,17 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> list[Way]:
     if recipe.prune_ratio is not None:  # who names a ratio wants it
         return prune
     return [*resident, *prune, *stream] if recipe.prefer == "fast" else [*resident, *stream, *prune]
+
+
+def _whole(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work) -> list[Way]:
+    if recipe.fit == "prune":
+        raise InputError(
+            "--fit prune is for training: a pruned model answers differently.",
+            next_step="Prune it with `effitrain prune` and name the small model, or use --fit auto.",
+        )
+    resident = [Way("resident", "resident", spec, recipe, budget, work=work)] if recipe.resident_layers is None else []
+    stream = [Way("stream", "streamed", spec, recipe, budget, work=work)]
+    return {"auto": [*resident, *stream], "resident": resident, "stream": stream}[recipe.fit]
 
 
 def _check_layers(spec: ModelSpec, recipe: Recipe) -> None:

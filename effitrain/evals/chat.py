@@ -14,12 +14,18 @@ from effitrain.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class ChatSession:
-    """A loaded model, with or without an adapter, its tokenizer and the template of its turns."""
+    """A loaded model, with or without an adapter, its tokenizer and the template of its turns.
+
+    ``length``: tokens that a conversation may have, None for all that the model takes; ``at_once``: conversations that
+    are answered together.
+    """
 
     decoder: Decoder
     tokenizer: Any
     template: str = "auto"
     seed: int = 42
+    length: int | None = None
+    at_once: int = 16
 
     def answer(
         self, messages: Sequence[dict[str, str]], max_new_tokens: int = 200, temperature: float = 0.0
@@ -27,12 +33,12 @@ class ChatSession:
         """The answer to ``[{"role", "content"}, ...]`` in pieces of text, as they are made.
 
         Raises:
-            InputError: the conversation fills the model's length.
+            InputError: the conversation leaves no room for an answer.
         """
         ids, stop = self._tokens(messages), self._stop()
         made: list[int] = []
         shown = ""
-        for token in generate(self.decoder, ids, max_new_tokens, stop, temperature, self.seed):
+        for token in generate(self.decoder, ids, max_new_tokens, stop, temperature, self.seed, self.length):
             made.append(token)
             text = self.tokenizer.decode(made, skip_special_tokens=True)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the middle of a character: wait for its rest
@@ -45,10 +51,13 @@ class ChatSession:
         """The answers to several conversations, made together: where layers stream they are copied once for all.
 
         Raises:
-            InputError: a conversation fills the model's length.
+            InputError: a conversation leaves no room for an answer.
         """
         prompts, stop = [self._tokens(messages) for messages in conversations], self._stop()
-        made = generate_all(self.decoder, prompts, max_new_tokens, stop, temperature, self.seed)
+        made: list[list[int]] = []
+        for first in range(0, len(prompts), self.at_once):
+            group = prompts[first : first + self.at_once]
+            made += generate_all(self.decoder, group, max_new_tokens, stop, temperature, self.seed, self.length)
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
 
     def _stop(self) -> set[int]:
@@ -57,9 +66,12 @@ class ChatSession:
     def _tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
         turns = [Turn(message["role"], message["content"]) for message in messages]
         ids = token_ids(self.tokenizer, find_template(self.template, self.tokenizer).prompt(turns))
-        if len(ids) >= self.decoder.spec.max_positions:
+        most = self.decoder.spec.max_positions
+        length = most if self.length is None else self.length
+        if len(ids) >= length:
+            longer = f", or plan for longer ones: --max-seq-len, up to {most}" if length < most else ""
             raise InputError(
-                f"The conversation has {len(ids)} tokens and the model takes {self.decoder.spec.max_positions}.",
-                next_step="Begin a new one.",
+                f"The conversation has {len(ids)} tokens, and {length} is the most with its answer.",
+                next_step=f"Begin a new one{longer}.",
             )
         return ids

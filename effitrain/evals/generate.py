@@ -16,8 +16,9 @@ def generate(
     stop: set[int],
     temperature: float = 0.0,
     seed: int = 0,
+    length: int | None = None,
 ) -> Iterator[int]:
-    """Yield new token ids until one of ``stop``, ``max_new_tokens`` or the model's length.
+    """Yield new token ids until one of ``stop``, ``max_new_tokens`` or ``length``.
 
     Args:
         decoder: with or without adapters; put in evaluation mode.
@@ -26,9 +27,10 @@ def generate(
         stop: ids that end the text; not yielded.
         temperature: 0 picks the likeliest token, above that samples.
         seed: of the sampling.
+        length: tokens of the prompt and the new ones; None for the model's.
     """
     decoder.eval()
-    text = _Text(decoder, prompt, max_new_tokens, stop, temperature, seed)
+    text = _Text(decoder, prompt, max_new_tokens, stop, temperature, seed, length)
     while text.room:
         made = len(text.made)
         text.take(decoder.through([text.rows()])[0])
@@ -43,13 +45,14 @@ def generate_all(
     stop: set[int],
     temperature: float = 0.0,
     seed: int = 0,
+    length: int | None = None,
 ) -> list[list[int]]:
     """The new token ids for each prompt, the same as ``generate`` gives one by one.
 
     All texts pass a layer before the next layer is needed: a streamed layer is copied once for all of them.
     """
     decoder.eval()
-    texts = [_Text(decoder, prompt, max_new_tokens, stop, temperature, seed) for prompt in prompts]
+    texts = [_Text(decoder, prompt, max_new_tokens, stop, temperature, seed, length) for prompt in prompts]
     while growing := [text for text in texts if text.room]:
         for text, x in zip(growing, decoder.through([text.rows() for text in growing]), strict=True):
             text.take(x)
@@ -60,8 +63,9 @@ class _Text:
     """A prompt and what was made of it; ``room`` is how many tokens it may still get."""
 
     def __init__(
-        self, decoder: Decoder, prompt: list[int], max_new_tokens: int, stop: set[int], temperature: float, seed: int
-    ):
+        self, decoder: Decoder, prompt: list[int], max_new_tokens: int, stop: set[int], temperature: float, seed: int,
+        length: int | None,
+    ):  # fmt: skip
         from transformers import DynamicCache
 
         self.decoder, self.stop, self.temperature = decoder, stop, temperature
@@ -69,7 +73,7 @@ class _Text:
         self.source = torch.Generator().manual_seed(seed)
         self.next, self.seen = prompt, 0
         self.made: list[int] = []
-        self.room = min(max_new_tokens, decoder.spec.max_positions - len(prompt))
+        self.room = min(max_new_tokens, (length or decoder.spec.max_positions) - len(prompt))
 
     def rows(self) -> Rows:
         """The tokens that the model has not seen."""

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
 from effitrain.core.errors import InputError
 from effitrain.data.batches import Batches, MicroBatch
 from effitrain.model.decoder import Decoder
-from effitrain.train.loss import loss_sum
+from effitrain.train.loss import loss_sums
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,22 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate_loss(decoder: Decoder, batches: Batches) -> Evaluation:
+def evaluate_loss(decoder: Decoder, batches: Batches, at_once: int = 1) -> Evaluation:
     """One pass over ``batches`` in evaluation mode.
+
+    Args:
+        decoder: with or without adapters.
+        batches: what to score.
+        at_once: micro-batches that pass a layer before the next one is needed.
 
     Raises:
         InputError: the set has no trained token.
     """
     total, tokens = 0.0, 0
-    for batch in scored(decoder, batches):
-        total += loss_sum(decoder, batch).item()
-        tokens += batch.trained_tokens
+    for group in scored_groups(decoder, batches, at_once):
+        for batch, loss in zip(group, loss_sums(decoder, group), strict=True):
+            total += loss.item()
+            tokens += batch.trained_tokens
     return Evaluation(total / tokens, tokens)
 
 
@@ -45,13 +52,19 @@ def scored(decoder: Decoder, batches: Batches) -> Iterator[MicroBatch]:
     Raises:
         InputError: there is none.
     """
+    for group in scored_groups(decoder, batches, 1):
+        yield from group
+
+
+def scored_groups(decoder: Decoder, batches: Batches, at_once: int) -> Iterator[list[MicroBatch]]:
+    """The same, ``at_once`` at a time."""
     training, found = decoder.training, False
     decoder.eval()
+    every = (batch for batch in map(batches.get, range(batches.per_epoch)) if batch.trained_tokens)
     try:
-        for batch in map(batches.get, range(batches.per_epoch)):
-            if batch.trained_tokens:
-                found = True
-                yield batch
+        while group := list(islice(every, at_once)):
+            found = True
+            yield group
     finally:
         decoder.train(training)
     if not found:

@@ -32,8 +32,10 @@ class Scores:
         folder: RunFolder,
         state: TrainState,
         tell: Callable[[str, Evaluation], None],
+        at_once: int = 1,
     ):
         self.decoder, self.batches, self.folder, self.state, self.tell = decoder, batches, folder, state, tell
+        self.at_once = at_once  # micro-batches that pass a layer together
         self.points = [(step, loss) for step, loss in folder.notes.get("evals", []) if step <= state.step]
         noted = folder.notes.get("positions", [])
         self.positions = [(step, tuple(Bucket(*b) for b in buckets)) for step, buckets in noted if step <= state.step]
@@ -44,7 +46,8 @@ class Scores:
         """Evaluate now; does nothing when there is no evaluation set."""
         if not self.batches.per_epoch:
             return
-        evaluation = self._by_position() if self.longest > self.bucket else evaluate_loss(self.decoder, self.batches)
+        whole = self.longest <= self.bucket
+        evaluation = evaluate_loss(self.decoder, self.batches, self.at_once) if whole else self._by_position()
         self.points.append((self.state.step, evaluation.loss))
         noted = [(step, [astuple(bucket) for bucket in buckets]) for step, buckets in self.positions]
         self.folder = self.folder.note(evals=self.points, positions=noted)

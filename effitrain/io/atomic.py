@@ -21,6 +21,11 @@ from effitrain.core.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+class Unwritable(InputError):
+    """A place cannot be written, or the disk is full."""
+
+
 _REPLACED = ".replaced"
 _LEFT_OVER = re.compile(r"\..+\.(tmp|removed)-[0-9a-f]{8}")
 _DISK_FULL = (ENOSPC, EDQUOT, EFBIG)
@@ -173,8 +178,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _unwritable(path: Path, reason: str | None) -> InputError:
-    return InputError(
+def _unwritable(path: Path, reason: str | None) -> Unwritable:
+    return Unwritable(
         f"{path} cannot be written: {reason}.",
         next_step="Check free space and permissions there, or name another output folder with -o.",
     )

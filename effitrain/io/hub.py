@@ -6,15 +6,17 @@ The network is asked only for a hub id or preset that the user named, and only f
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from effitrain.core.errors import InputError
 from effitrain.core.presets import Preset, find_preset, preset_names
 from effitrain.io.model_folder import read_config, stored_tensors
+from effitrain.io.stores import default_store_dir, is_stored, pinned_commit
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SMALL = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
           "vocab.*", "merges.txt", "chat_template*"]  # fmt: skip
 _ALL = [*_SMALL, "model*.safetensors", "model.safetensors.index.json"]
@@ -30,17 +32,22 @@ class ModelSource:
         folder: of its files, when they are local.
         config: content of its config.json.
         preset: when it was named by one.
+        revision: branch, tag or commit on the hub: that of ``owner/name@revision``, else the one that a store was built
+            from; None for what the hub has now.
     """
 
     name: str
     folder: Path | None
     config: Mapping[str, Any]
     preset: Preset | None
+    revision: str | None = None
 
     @property
     def hub_id(self) -> str:
         """Where the hub has a model that is not in a folder."""
-        return self.preset.hub_id if self.preset and self.preset.hub_id else self.name
+        if self.preset and self.preset.hub_id:
+            return self.preset.hub_id
+        return self.name.partition("@")[0] if self.revision else self.name
 
 
 def find_model(name: str) -> ModelSource:
@@ -51,15 +58,24 @@ def find_model(name: str) -> ModelSource:
     """
     preset = find_preset(name)
     if preset:
-        return ModelSource(name, preset.folder, preset.config, preset)
+        return _pinned(ModelSource(name, preset.folder, preset.config, preset))
     path = Path(name).expanduser()
     if path.exists() and name:
         return ModelSource(name, path, read_config(path), None)
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise InputError(f"There is no folder {path}.", next_step="Check --model.")
-    if not _HUB_ID.fullmatch(name):
+    parts = _HUB_ID.fullmatch(name)
+    if not parts:
         raise _unknown(name)
-    return ModelSource(name, None, read_config(_from_hub(name, _SMALL, _for_config(name))), None)
+    source = _pinned(ModelSource(name, None, {}, None, parts[2]))
+    return replace(source, config=read_config(_from_hub(source, _SMALL, _for_config(name))))
+
+
+def _pinned(source: ModelSource) -> ModelSource:
+    """``source`` at the commit that its store was built from, unless a revision is named."""
+    if source.folder or source.revision:
+        return source
+    return replace(source, revision=pinned_commit(default_store_dir(), source.hub_id))
 
 
 def check_weights(source: ModelSource) -> None:
@@ -71,8 +87,8 @@ def check_weights(source: ModelSource) -> None:
     if source.folder:
         read_config(source.folder)
         stored_tensors(source.folder)
-    elif not _cached(source.hub_id):
-        _ask_hub(source.hub_id, _for_weights(source))
+    elif not _cached(source) and not is_stored(default_store_dir(), source.hub_id, source.revision):
+        _ask_hub(source, _for_weights(source))
 
 
 def fetch_weights(source: ModelSource) -> Path:
@@ -84,14 +100,14 @@ def fetch_weights(source: ModelSource) -> Path:
     if source.folder:
         check_weights(source)
         return source.folder
-    folder = _cached(source.hub_id) or _from_hub(source.hub_id, _ALL, _for_weights(source))
+    folder = _cached(source) or _from_hub(source, _ALL, _for_weights(source))
     stored_tensors(folder)
     return folder
 
 
 def is_local(source: ModelSource) -> bool:
     """Whether all files of ``source`` are on this machine, in a folder or in the hub's cache."""
-    return source.folder is not None or _cached(source.hub_id) is not None
+    return source.folder is not None or _cached(source) is not None
 
 
 def fetch_small(source: ModelSource) -> Path:
@@ -100,22 +116,18 @@ def fetch_small(source: ModelSource) -> Path:
     Raises:
         InputError: they cannot be had.
     """
-    return source.folder or _from_hub(source.hub_id, _SMALL, _for_weights(source))
+    return source.folder or _from_hub(source, _SMALL, _for_weights(source))
 
 
 def revision_of(source: ModelSource) -> str:
-    """The commit that the hub has of ``source`` now.
+    """The commit of ``source``; the hub is asked when it is not known.
 
     Raises:
         InputError: the hub cannot be asked.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    try:
-        found = get_hf_file_metadata(hf_hub_url(source.hub_id, "config.json"), timeout=_TIMEOUT).commit_hash
-    except Exception as error:
-        raise _explain(source.hub_id, error, _for_weights(source)) from error
-    return str(found)
+    if source.revision and _COMMIT.fullmatch(source.revision):
+        return source.revision
+    return _ask_hub(source, _for_weights(source))
 
 
 def fetch_file(source: ModelSource, name: str, revision: str, folder: Path) -> Path | None:
@@ -137,13 +149,14 @@ def fetch_file(source: ModelSource, name: str, revision: str, folder: Path) -> P
         raise _explain(source.hub_id, error, _for_weights(source)) from error
 
 
-def _cached(hub_id: str) -> Path | None:
+def _cached(source: ModelSource) -> Path | None:
     """The model's folder in the hub cache, when all of it is there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=_ALL, local_files_only=True))
+        found = snapshot_download(source.hub_id, allow_patterns=_ALL, revision=source.revision, local_files_only=True)
+        folder = Path(found)
         read_config(folder)
         stored_tensors(folder)
     except (LocalEntryNotFoundError, InputError):
@@ -151,22 +164,27 @@ def _cached(hub_id: str) -> Path | None:
     return folder
 
 
-def _from_hub(hub_id: str, patterns: list[str], next_step: str) -> Path:
+def _from_hub(source: ModelSource, patterns: list[str], next_step: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=_TIMEOUT))
+        found = snapshot_download(
+            source.hub_id, allow_patterns=patterns, revision=source.revision, etag_timeout=_TIMEOUT
+        )
     except Exception as error:
-        raise _explain(hub_id, error, next_step) from error
+        raise _explain(source.hub_id, error, next_step) from error
+    return Path(found)
 
 
-def _ask_hub(hub_id: str, next_step: str) -> None:
+def _ask_hub(source: ModelSource, next_step: str) -> str:
+    """The commit that the hub has of ``source`` now."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     try:
-        get_hf_file_metadata(hf_hub_url(hub_id, "config.json"), timeout=_TIMEOUT)
+        url = hf_hub_url(source.hub_id, "config.json", revision=source.revision)
+        return str(get_hf_file_metadata(url, timeout=_TIMEOUT).commit_hash)
     except Exception as error:
-        raise _explain(hub_id, error, next_step) from error
+        raise _explain(source.hub_id, error, next_step) from error
 
 
 def _explain(hub_id: str, error: Exception, next_step: str) -> InputError:
@@ -182,6 +200,8 @@ def _explain(hub_id: str, error: Exception, next_step: str) -> InputError:
         fact, cause = f"The hub has no {hub_id}, and there is no folder of that name.", "Or it is private."
     elif isinstance(reason, errors.OfflineModeIsEnabled):
         fact, cause = f"{hub_id} is not in the hub cache.", "HF_HUB_OFFLINE forbids to download it."
+    elif isinstance(reason, errors.RevisionNotFoundError):
+        fact, cause = f"The hub has no such revision of {hub_id}.", ""
     elif isinstance(reason, errors.HfHubHTTPError):
         fact, cause = f"{hub_id} cannot be had from the hub: {_first_line(reason)}.", ""
     elif isinstance(reason, errors.HFValidationError):

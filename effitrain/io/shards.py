@@ -108,7 +108,7 @@ def open_on_hub(source: ModelSource, folder: Path) -> HubCheckpoint:
 
 
 def hub_fingerprint(source: ModelSource) -> str:
-    """A hash of the repository and the commit that the hub has now.
+    """A hash of the repository and the commit of ``source``.
 
     Raises:
         InputError: the hub cannot be asked.

@@ -24,23 +24,16 @@ from torch import Tensor
 from effitrain.core.errors import InputError
 from effitrain.core.layout import NF4, Field, Layout, Part
 from effitrain.core.units import format_bytes
-from effitrain.io.atomic import remove_folder, remove_stale, write_json
+from effitrain.io.atomic import Unwritable, remove_folder, remove_stale, write_json
 from effitrain.io.checkpoint import read_tensor
 from effitrain.io.manifest import verify_manifest, write_manifest
 from effitrain.io.model_folder import StoredTensor, read_header
 from effitrain.io.nf4 import NF4Tensor
+from effitrain.io.stores import ABOUT, SUFFIX, folder_bytes
 
 VERSION = 1  # raise it when the same checkpoint would give other bytes
-SUFFIX = ".partial"
 EMBEDDING_FILE, HEAD_FILE = Path("embedding.safetensors"), Path("head.safetensors")
-_ABOUT = "store.json"
 _SAFE = {"uint8": "U8", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # names of dtypes in safetensors
-_VERIFY = "Check it with `effitrain store verify`, or remove it with `effitrain store rm`: it is built anew."
-
-
-def default_store_dir() -> Path:
-    """``$XDG_CACHE_HOME/effitrain/stores``, under ``~/.cache`` where that is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effitrain" / "stores"
 
 
 @dataclass(frozen=True)
@@ -53,6 +46,7 @@ class StoreKey:
         quant: ``nf4`` or ``none``.
         dtype: in which weights are quantised, or stored when they are not: ``bf16``, ``fp16`` or ``fp32``.
         device: that quantises, ``cpu`` or ``cuda``: the two round some weights differently.
+        origin: ``owner/name@commit`` of a checkpoint that is on the hub alone, for people.
     """
 
     name: str
@@ -60,6 +54,7 @@ class StoreKey:
     quant: str
     dtype: str
     device: str = "cpu"
+    origin: str = ""
 
     @property
     def folder(self) -> str:
@@ -95,17 +90,18 @@ class Store:
         Raises:
             InputError: the file is gone or cut off.
         """
-        path, place, done = layer_path(self.folder, layer), target.numpy().data, 0
-        with _readable(path) as handle:
+        place, done = target.numpy().data, 0
+        with self._whole(), _readable(layer_path(self.folder, layer), self.folder) as handle:
             while done < len(place):
                 got = os.preadv(handle, [place[done:]], done)
                 if not got:
-                    raise InputError(f"{path} ended {len(place) - done} bytes early.", next_step=_VERIFY)
+                    short = f"{layer_path(self.folder, layer)} ended {len(place) - done} bytes early"
+                    raise InputError(f"Layer {layer} cannot be read: {short}.", next_step=_remedy(self.folder))
                 done += got
 
     def read_ahead(self, layer: int) -> None:
         """Have the system read ``layer`` into its cache meanwhile."""
-        with _readable(layer_path(self.folder, layer)) as handle:
+        with self._whole(), _readable(layer_path(self.folder, layer), self.folder) as handle:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def has(self, name: str) -> bool:
@@ -121,7 +117,8 @@ class Store:
         if name in self._fields:
             layer, field = self._fields[name]
             return self._part(layer, field.parts[0]).to(device)
-        return read_tensor(name, self._tables[name]).to(device)
+        with self._whole():
+            return read_tensor(name, self._tables[name]).to(device)
 
     def read_nf4(self, name: str, device: torch.device | str = "cpu") -> NF4Tensor:
         """One weight stored in NF4 on ``device``."""
@@ -135,7 +132,17 @@ class Store:
 
     def _part(self, layer: int, part: Part) -> Tensor:
         stored = StoredTensor(layer_path(self.folder, layer), _SAFE[part.dtype], part.shape, part.start, part.nbytes)
-        return read_tensor(part.dtype, stored)
+        with self._whole():
+            return read_tensor(part.dtype, stored)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What cannot be read within is damage of this store, with its own way out."""
+        try:
+            yield
+        except InputError as error:
+            fact = f"The store {self.folder.name} is damaged. {error.fact}"
+            raise InputError(fact, next_step=_remedy(self.folder)) from None
 
     @cached_property
     def _fields(self) -> Mapping[str, tuple[int, Field]]:
@@ -148,7 +155,8 @@ class Store:
     @cached_property
     def _tables(self) -> Mapping[str, StoredTensor]:
         files = [EMBEDDING_FILE, HEAD_FILE, *(small_path(layer) for layer in range(len(self.layouts)))]
-        return {name: stored for file in files for name, stored in read_header(self.folder / file).items()}
+        with self._whole():
+            return {name: stored for file in files for name, stored in read_header(self.folder / file).items()}
 
 
 def layer_path(folder: Path, layer: int) -> Path:
@@ -161,11 +169,6 @@ def small_path(layer: int) -> Path:
     return Path("layers") / f"{layer:03d}.safetensors"
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a store."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def open_store(folder: Path) -> Store:
     """The finished store in ``folder``; looks at names and sizes only.
 
@@ -173,15 +176,15 @@ def open_store(folder: Path) -> Store:
         InputError: it is not one, of another version, or files are missing or cut off.
     """
     try:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if about["version"] != VERSION:
             raise _unusable(folder, f"it is of version {about['version']}, this one reads {VERSION}")
         kinds = [_layout_from(entry) for entry in about["layouts"]]
         store = Store(folder, StoreKey(**about["key"]), tuple(kinds[kind] for kind in about["layers"]))
     except FileNotFoundError:
-        raise _unusable(folder, f"it has no {_ABOUT}") from None
+        raise _unusable(folder, f"it has no {ABOUT}") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        raise _unusable(folder, f"its {_ABOUT} cannot be read") from None
+        raise _unusable(folder, f"its {ABOUT} cannot be read") from None
     for layer, layout in enumerate(store.layouts):
         path = layer_path(folder, layer)
         if not path.is_file() or path.stat().st_size != layout.nbytes:
@@ -199,11 +202,6 @@ def find_store(root: Path, key: StoreKey) -> Store | None:
     return open_store(folder) if folder.is_dir() else None
 
 
-def list_stores(root: Path) -> list[Path]:
-    """The folders of stores below ``root``, unfinished ones with their suffix."""
-    return sorted(path.parent for path in root.glob(f"[!.]*/{_ABOUT}"))
-
-
 def verify_store(folder: Path) -> None:
     """Compare every byte with what was written.
 
@@ -211,7 +209,10 @@ def verify_store(folder: Path) -> None:
         InputError: a file is missing or changed; names it, and with it the layer.
     """
     open_store(folder)
-    verify_manifest(folder)
+    try:
+        verify_manifest(folder)
+    except InputError as error:
+        raise InputError(error.fact, "", f"`effitrain store rm {folder.name}` removes it: it is built anew.") from None
 
 
 def remove_store(folder: Path) -> None:
@@ -244,9 +245,12 @@ def building(root: Path, key: StoreKey, layouts: tuple[Layout, ...], tables_byte
         _check_space(partial, sum(layout.nbytes for layout in layouts) + tables_bytes)
         kinds = list(dict.fromkeys(layouts))
         about = {"version": VERSION, "key": asdict(key), "layers": [kinds.index(layout) for layout in layouts]}
-        write_json(partial / _ABOUT, {**about, "layouts": [asdict(layout) for layout in kinds]})
-        yield partial
-        write_manifest(partial)
+        write_json(partial / ABOUT, {**about, "layouts": [asdict(layout) for layout in kinds]})
+        try:
+            yield partial
+            write_manifest(partial)
+        except Unwritable as error:
+            raise InputError(error.fact, "", _ELSEWHERE) from None
         partial.rename(target)
 
 
@@ -267,17 +271,17 @@ def _check_space(partial: Path, needed: int) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Alone with ``folder`` among the processes that ask; a killed one lets go."""
-    with _readable(folder) as handle:
+    with _readable(folder, folder) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[int]:
+def _readable(path: Path, folder: Path) -> Iterator[int]:
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.", next_step=_VERIFY) from None
+        raise InputError(f"{path} cannot be read: {error.strerror}.", next_step=_remedy(folder)) from None
     try:
         yield handle
     finally:
@@ -298,4 +302,9 @@ def _layout_from(entry: Mapping[str, Any]) -> Layout:
 
 
 def _unusable(folder: Path, why: str) -> InputError:
-    return InputError(f"{folder} is no usable store: {why}.", next_step=_VERIFY)
+    return InputError(f"{folder} is no usable store: {why}.", next_step=_remedy(folder))
+
+
+def _remedy(folder: Path) -> str:
+    name = folder.name
+    return f"`effitrain store verify {name}` checks it, `effitrain store rm {name}` removes it: it is built anew."

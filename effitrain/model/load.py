@@ -10,12 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from effitrain.core.errors import InputError
+from effitrain.core.placement import Placement
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec, spec_from_config
 from effitrain.io.checkpoint import open_checkpoint
-from effitrain.io.hub import ModelSource, check_weights, fetch_small, fetch_weights, find_model, is_local
+from effitrain.io.hub import (
+    ModelSource,
+    check_weights,
+    fetch_small,
+    fetch_weights,
+    find_model,
+    is_local,
+    revision_of,
+)
 from effitrain.io.shards import hub_fingerprint, open_on_hub
-from effitrain.io.store import Store, StoreKey, default_store_dir, find_store
+from effitrain.io.store import Store, StoreKey, find_store
+from effitrain.io.stores import default_store_dir
 from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
 from effitrain.io.tokenizer import load_tokenizer
 from effitrain.model.decoder import Decoder, build
@@ -24,7 +34,6 @@ from effitrain.quant.read import DTYPES, Weights, read_dense, read_frozen
 from effitrain.stream.build import ensure_store
 from effitrain.stream.fresh import FreshLayers
 from effitrain.stream.host import HostLayers, LayerSource
-from effitrain.stream.placement import Placement
 from effitrain.stream.streamer import Streamer
 
 # Threads of a small model wait for each other more than they compute, and on shared cores they wait for those of other
@@ -40,7 +49,7 @@ class Base:
         source: where it was found.
         spec: its shape.
         synthetic_seed: of random weights in place of its own; None for its own.
-        remote: where the weights are when only the hub has them.
+        remote: where the weights are when only the hub has them, with the commit.
     """
 
     source: ModelSource
@@ -65,7 +74,8 @@ class Base:
         """
         if self.synthetic_seed is not None or is_local(self.source):
             return self.fetched()
-        return replace(self, source=replace(self.source, folder=fetch_small(self.source)), remote=self.source)
+        remote = replace(self.source, revision=revision_of(self.source))
+        return replace(self, source=replace(remote, folder=fetch_small(remote)), remote=remote)
 
     def weights(self, quant: str = "none", dtype: torch.dtype = torch.float32) -> Weights:
         """Its tensors; ``quant`` and ``dtype`` say in which form synthetic ones are made."""
@@ -171,7 +181,8 @@ def _streamable(
 def _store(base: Base, recipe: Recipe, device: torch.device, stored: Callable[[int, int], None]) -> Store:
     """The store of ``base``, built when it is not there."""
     root = default_store_dir()
-    key = StoreKey(base.name, base.fingerprint(), recipe.quant, recipe.dtype, device.type)
+    origin = f"{base.remote.hub_id}@{base.remote.revision}" if base.remote else ""
+    key = StoreKey(base.name, base.fingerprint(), recipe.quant, recipe.dtype, device.type, origin)
     if base.remote is None:
         return ensure_store(root, key, base.spec, open_checkpoint(base.folder), stored, device)
     found = find_store(root, key)

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from effitrain.core.ledger import Settings
 from effitrain.core.plan import Plan
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import DataUse, Losses, Memory, Report
@@ -84,20 +85,29 @@ def write_report(
     return report
 
 
-def stream_figures(before: Traffic | None, after: Traffic, streamed: int, resident: int) -> dict[str, Any]:
-    """The ``stream`` part of the report: what was copied between two counts, those before and after training."""
+def stream_figures(
+    before: Traffic | None, after: Traffic, settings: Settings, resident: int, written: int
+) -> dict[str, Any]:
+    """The ``stream`` part of the report: what was copied between two counts, those before and after training.
+
+    ``layers_copied_back`` is how many layers in host memory were ``written`` to.
+    """
     past = before or Traffic()
     part = Traffic(
+        after.planned - past.planned,
         after.copies - past.copies,
         after.bytes_copied - past.bytes_copied,
         after.copy_seconds - past.copy_seconds,
         after.wait_seconds - past.wait_seconds,
     )
     return {
-        "streamed_layers": streamed,
+        "streamed_layers": settings.streamed,
         "resident_layers": resident,
+        "micro_batches_together": settings.at_once,
         "bytes_copied": part.bytes_copied,
         "copies": part.copies,
+        "copies_planned": part.planned,
+        "layers_copied_back": written,
         "copy_seconds": part.copy_seconds,
         "wait_seconds": part.wait_seconds,
         "hidden_share": part.hidden_share,

@@ -48,12 +48,14 @@ class Traffic:
     """Counts since the engine was made.
 
     Attributes:
+        planned: layers that the schedules of the passes call for.
         copies: layers copied.
         bytes_copied: to the device; nothing is ever copied back.
         copy_seconds: time the copies took.
         wait_seconds: time the computation stood still for them.
     """
 
+    planned: int = 0
     copies: int = 0
     bytes_copied: int = 0
     copy_seconds: float = 0.0
@@ -103,6 +105,7 @@ class Engine:
         self.spans.clear()
         self._issued = self._copied = self._freed = 0
         self._schedule = schedule(tuple(order), tuple(self._holds))
+        self.traffic.planned += len(self._schedule.copies)
         self._issue()
 
     @contextmanager

@@ -51,8 +51,13 @@ class HostLayers:
             source.read_into(layer, blob)
             self.blobs[layer] = blob
             progress(layer)
+        self._versions = {layer: blob._version for layer, blob in self.blobs.items()}
         pageable = [layer for layer, blob in self.blobs.items() if device.type == "cuda" and not blob.is_pinned()]
         self.pageable = frozenset(pageable)
+
+    def written(self) -> int:
+        """How many layers in memory an operation wrote to since they were read: frozen weights are only ever read."""
+        return sum(blob._version != self._versions[layer] for layer, blob in self.blobs.items())
 
     def read_ahead(self, layer: int) -> None:
         """``layer`` will be asked for soon: have the system read it when it is on disk."""

@@ -11,6 +11,7 @@ import torch
 from effitrain.adapters.base import Adapter, AdapterConfig, Clock
 from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.core.errors import InputError
+from effitrain.core.placement import Placement
 from effitrain.core.recipe import Recipe
 from effitrain.data.batches import Batches
 from effitrain.data.tokenized import TokenSet
@@ -18,7 +19,6 @@ from effitrain.model.decoder import Decoder
 from effitrain.model.load import DTYPES, Base, load_model
 from effitrain.model.save import write_model
 from effitrain.stream.offload import Offload
-from effitrain.stream.placement import Placement
 from effitrain.train.loop import Course
 from effitrain.train.optim import make_optimizer
 from effitrain.train.state import TrainState, checkpoints, load_checkpoint, remove_after
@@ -47,7 +47,7 @@ def assemble(
     device: torch.device,
     progress: Callable[[str], None] = lambda name: None,
     placement: Placement | None = None,
-    by_layer: bool = False,
+    at_once: int = 1,
     stored: Callable[[int, int], None] = lambda done, parts: None,
 ) -> Job:
     """Load the model and put the rest around it.
@@ -59,11 +59,11 @@ def assemble(
         device: where to.
         progress: told each layer that is in place.
         placement: which layers are streamed; None for none.
-        by_layer: all micro-batches of a step pass a layer before the next one is needed.
+        at_once: micro-batches of a step that pass a layer before the next one is needed.
         stored: told how many parts of the store are done, of how many.
     """
     decoder = load_model(base, recipe, device, progress, placement, stored)
-    keep_less(decoder, recipe, by_layer)
+    keep_less(decoder, recipe, at_once)
     clock = Clock(recipe.seed)
     adapters = make_trainable(decoder, recipe, clock)
     if recipe.init_adapter:
@@ -71,20 +71,19 @@ def assemble(
     trainable: dict[str, torch.Tensor] = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(chosen(recipe.optimizer), trainable.values(), chosen(recipe.lr), recipe.weight_decay)
     batches = make_batches(tokens, recipe)
-    return Job(decoder, adapters, clock, trainable, optimizer, batches, _course(recipe, batches, by_layer))
+    return Job(decoder, adapters, clock, trainable, optimizer, batches, _course(recipe, batches, at_once))
 
 
-def keep_less(decoder: Decoder, recipe: Recipe, by_layer: bool = False) -> None:
-    """Recompute and offload as ``recipe``, with every choice made, says; ``by_layer`` keeps the inputs of all
-    micro-batches of a step.
+def keep_less(decoder: Decoder, recipe: Recipe, at_once: int = 1) -> None:
+    """Recompute and offload as ``recipe``, with every choice made, says, for ``at_once`` micro-batches that pass each
+    layer together.
     """
     decoder.set_recompute(recipe.recompute)
     decoder.set_tile(tile_of(recipe))
     if recipe.offload_activations == "on":
         tokens = chosen(recipe.batch_size) * chosen(recipe.max_seq_len)
         dtype = DTYPES[recipe.dtype]
-        inputs = len(decoder.layers) * (chosen(recipe.grad_accum) if by_layer else 1)
-        decoder.offload = Offload(inputs, tokens, decoder.spec.hidden, dtype, decoder.device)
+        decoder.offload = Offload(len(decoder.layers) * at_once, tokens, decoder.spec.hidden, dtype, decoder.device)
 
 
 def tile_of(recipe: Recipe) -> int | None:
@@ -93,13 +92,13 @@ def tile_of(recipe: Recipe) -> int | None:
     return -(-tokens // tiles) if tiles > 1 else None
 
 
-def _course(recipe: Recipe, batches: Batches, by_layer: bool) -> Course:
+def _course(recipe: Recipe, batches: Batches, at_once: int) -> Course:
     accum = chosen(recipe.grad_accum)
     in_epochs = math.ceil(batches.per_epoch * recipe.epochs)
     steps = recipe.max_steps or math.ceil(in_epochs / accum)
     micro_batches = steps * accum if recipe.max_steps else in_epochs
     pace = (chosen(recipe.lr), recipe.schedule, recipe.warmup, recipe.max_grad_norm)
-    return Course(steps, micro_batches, accum, *pace, by_layer)
+    return Course(steps, micro_batches, accum, *pace, at_once)
 
 
 def resume(recipe: Recipe, folder: Path, job: Job, tell: Callable[[str], None]) -> TrainState:

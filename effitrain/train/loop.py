@@ -13,7 +13,7 @@ from effitrain.core.errors import InputError
 from effitrain.data.batches import Batches, MicroBatch
 from effitrain.model.decoder import Decoder
 from effitrain.train.hooks import Hook, StepRecord
-from effitrain.train.loss import backward_by_batch, backward_by_layer
+from effitrain.train.loss import backward_in_groups
 from effitrain.train.optim import set_lr
 from effitrain.train.schedule import learning_rate
 from effitrain.train.state import TrainState
@@ -36,7 +36,7 @@ class Course:
         schedule: see ``learning_rate``.
         warmup: share of the run.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
-        by_layer: all micro-batches of a step pass a layer before the next one is needed.
+        at_once: micro-batches of a step that pass a layer before the next one is needed.
     """
 
     steps: int
@@ -46,7 +46,7 @@ class Course:
     schedule: str = "cosine"
     warmup: float = 0.03
     max_grad_norm: float = 1.0
-    by_layer: bool = False
+    at_once: int = 1
 
 
 def train(
@@ -78,7 +78,7 @@ def train(
         first = state.step * course.grad_accum
         micro = [batches.get(i) for i in range(first, min(first + course.grad_accum, course.micro_batches))]
         clock.step = state.step
-        loss = accumulate(decoder, micro, clock, parameters, course.by_layer)
+        loss = accumulate(decoder, micro, clock, parameters, course.at_once)
         norm = clip(parameters, course.max_grad_norm, state.step)
         _each(hooks, lambda hook: hook.after_backward(state))
         optimizer.step()
@@ -100,16 +100,16 @@ def accumulate(
     micro: Sequence[MicroBatch],
     clock: Clock,
     parameters: Sequence[Tensor] = (),
-    by_layer: bool = False,
+    at_once: int = 1,
 ) -> float:
-    """Forward and backward over the micro-batches of one step; the mean loss of their trained tokens.
+    """Forward and backward over the micro-batches of one step, ``at_once`` of which pass a layer together; the mean
+    loss of their trained tokens.
 
     Backward runs on sums and the float32 gradients of ``parameters`` are divided at the end: a mean over thousands of
     tokens would push half-precision activations' gradients below what fp16 can hold.
     """
     trained = max(1, sum(batch.trained_tokens for batch in micro))
-    backward = backward_by_layer if by_layer else backward_by_batch
-    losses = backward(decoder, micro, clock.at_micro_batch)
+    losses = backward_in_groups(decoder, micro, clock.at_micro_batch, at_once)
     values = torch.stack(losses).tolist()  # read once a step: every reading waits for the device
     for number, value in enumerate(values, 1):
         if not math.isfinite(value):

@@ -3,7 +3,8 @@
 Sums, not means: the caller divides by the trained tokens of the whole step, so accumulation never changes the loss.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,27 @@ from effitrain.model.decoder import Decoder, Rows
 
 def loss_sum(decoder: Decoder, batch: MicroBatch) -> Tensor:
     """Sum of the cross-entropies of the batch's trained tokens, float32."""
-    return _of_hidden(decoder, decoder(batch.input_ids, batch.position_ids, batch.segments), batch)
+    return next(loss_sums(decoder, [batch]))
+
+
+def loss_sums(decoder: Decoder, group: Sequence[MicroBatch]) -> Iterator[Tensor]:
+    """The same of each of several micro-batches, all of which pass a layer before the next layer is needed."""
+    ends = decoder.through([Rows(batch.input_ids, batch.position_ids, batch.segments) for batch in group])
+    return (_of_hidden(decoder, decoder.finish(end), batch) for end, batch in zip(ends, group, strict=True))
+
+
+def backward_in_groups(
+    decoder: Decoder, micro: Sequence[MicroBatch], turn: Callable[[int], None], at_once: int = 1
+) -> list[Tensor]:
+    """Forward and backward, ``at_once`` micro-batches at a time; their loss sums. Gradients are added up in their
+    order, whatever the groups. ``turn`` is told each one's number.
+    """
+    losses: list[Tensor] = []
+    for first in range(0, len(micro), at_once):
+        group = micro[first : first + at_once]
+        backward = backward_by_layer if len(group) > 1 else backward_by_batch
+        losses += backward(decoder, group, lambda number, first=first: turn(first + number))  # type: ignore[misc]
+    return losses
 
 
 def backward_by_batch(decoder: Decoder, micro: Sequence[MicroBatch], turn: Callable[[int], None]) -> list[Tensor]:
@@ -45,8 +66,30 @@ def backward_by_layer(decoder: Decoder, micro: Sequence[MicroBatch], turn: Calla
         loss.backward()
         losses[number] = loss.detach()
     if any(end.requires_grad for end in ends):
-        torch.autograd.backward(ends, [leaf.grad for leaf in leaves])
+        earlier = [p for p in decoder.parameters() if p.grad is not None]
+        before = [_Before.apply(*earlier)] if earlier else []
+        torch.autograd.backward([*ends, *before], [*(leaf.grad for leaf in leaves), *map(torch.ones_like, before)])
     return losses
+
+
+class _Before(torch.autograd.Function):
+    """The gradients of earlier micro-batches, taken off the parameters, as the first that a backward pass adds up.
+
+    Autograd sums what comes in one pass before it adds the sum to what is there: a group would round in another order
+    than its micro-batches one by one. Of the nodes that are ready the newest runs first, so this one must be made last.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.grads = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, unused: Tensor) -> tuple[Tensor, ...]:
+        grads, ctx.grads = ctx.grads, None
+        return tuple(grads)
 
 
 def _of_hidden(decoder: Decoder, hidden: Tensor, batch: MicroBatch) -> Tensor:

@@ -37,7 +37,7 @@ def probe(
     optimizer: torch.optim.Optimizer,
     clock: Clock,
     meter: Meter,
-    by_layer: bool = False,
+    at_once: int = 1,
     evaluated: MicroBatch | None = None,
 ) -> None:
     """Run a whole step at a learning rate of zero, and an evaluation, and forget both: weights and states end as they
@@ -51,7 +51,7 @@ def probe(
         optimizer: of the adapters.
         clock: of their random choices.
         meter: told of everything that the device holds.
-        by_layer: all of ``micro`` pass a layer before the next layer is needed.
+        at_once: how many of them pass a layer before the next layer is needed.
         evaluated: the micro-batch of an evaluation.
 
     Raises:
@@ -66,7 +66,7 @@ def probe(
     if on_cpu:
         _count(decoder, optimizer, meter)
     with meter.tracker if on_cpu else nullcontext():
-        accumulate(decoder, micro, clock, parameters, by_layer)
+        accumulate(decoder, micro, clock, parameters, at_once)
         clip(parameters, 0.0, clock.step)  # a rate of zero times infinity would be no zero
         optimizer.step()
         if evaluated is not None:

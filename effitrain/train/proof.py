@@ -16,9 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from effitrain.adapters.base import Clock
+from effitrain.core.blobs import SLOTS
 from effitrain.core.cut import small_spec
 from effitrain.core.ledger import GPU
-from effitrain.core.memory import MIN_8BIT, OVERHEAD, SLOTS, STATE_BLOCK
+from effitrain.core.memory import MIN_8BIT, OVERHEAD, STATE_BLOCK
+from effitrain.core.placement import Placement, place
 from effitrain.core.plan import Plan, resolve
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
@@ -29,7 +31,6 @@ from effitrain.model.decoder import Decoder, build
 from effitrain.model.load import DTYPES, fill, stream
 from effitrain.quant.nf4 import warm_up
 from effitrain.stream.fresh import FreshLayers
-from effitrain.stream.placement import Placement, place
 from effitrain.train.job import chosen, keep_less
 from effitrain.train.loss import backward_by_layer, loss_sum
 from effitrain.train.memory import StorageTracker, model_tensors, optimizer_tensors
@@ -91,7 +92,7 @@ class Step:
         recipe: with every choice made.
         device: on ``cuda`` an untied embedding lies on the host.
         streamed: by layer, whether it only visits the device.
-        by_layer: all micro-batches of a step pass a layer together.
+        at_once: micro-batches that pass each layer together.
     """
 
     spec: ModelSpec
@@ -99,7 +100,7 @@ class Step:
     recipe: Recipe
     device: str
     streamed: tuple[bool, ...]
-    by_layer: bool = False
+    at_once: int = 1
 
     @property
     def host_embedding(self) -> bool:
@@ -123,7 +124,7 @@ def proved(plan: Plan, spec: ModelSpec, config: Mapping[str, Any], recipe: Recip
     trained = spec if ratio is None or masked else small_spec(spec, full)
     placement = place(spec.num_layers, plan.resident_layers, SLOTS)
     streamed = tuple(layer in placement.streamed for layer in range(spec.num_layers))
-    tracked = track(Step(trained, config, full, device, streamed, settings.by_layer))
+    tracked = track(Step(trained, config, full, device, streamed, settings.at_once))
     held = (tracked.frozen, tracked.adapters, tracked.optimizer)
     parts = dict(zip(COMPONENTS, (*held, tracked.peak - sum(held)), strict=True))
     predicted = Counter[str]()
@@ -193,11 +194,11 @@ def _step(
     step: Step, decoder: Decoder, parameters: list[Tensor], optimizer: Optimizer, tracker: StorageTracker
 ) -> tuple[int, int, int]:
     """The peaks of forward pass and loss, of the backward pass, and of the optimizer's step; of forward and backward
-    together where the micro-batches of a step go by layer.
+    together where several micro-batches pass a layer together.
     """
     batch = _full_batch(step.recipe)
-    if step.by_layer:
-        backward_by_layer(decoder, [batch] * chosen(step.recipe.grad_accum), lambda number: None)
+    if step.at_once > 1:
+        backward_by_layer(decoder, [batch] * step.at_once, lambda number: None)
         forward = back = tracker.restart()
     else:
         loss = loss_sum(decoder, batch)
@@ -237,7 +238,7 @@ def _model(step: Step) -> Decoder:
         source = FreshLayers(step.spec, weights, recipe.quant, recipe.dtype)
         stream(decoder, source, placement, device, shapes_only=True)
     make_trainable(decoder, recipe, Clock(recipe.seed))
-    keep_less(decoder, recipe, step.by_layer)
+    keep_less(decoder, recipe, step.at_once)
     return decoder
 
 

@@ -50,6 +50,16 @@ def test_a_log_gets_a_line_every_tenth_and_no_bar(streams, steps, done, lines):
         assert told[-1] == f"Step {steps} of {steps}: loss 1.250, 12,346 tok/s, 3.0 GiB"
 
 
+@pytest.mark.parametrize(("parts", "lines"), [(82, 10), (4, 4)])
+def test_building_a_store_is_told_as_sparsely(streams, parts, lines):
+    out, err = streams(io.StringIO)
+    console = Console()
+    for done in range(1, parts + 1):
+        console.stored(done, parts)
+    told = out.getvalue().splitlines()
+    assert len(told) == lines and told[-1] == f"Building the store: part {parts} of {parts}" and not err.getvalue()
+
+
 def test_a_terminal_gets_one_bar_that_fits_it(streams, monkeypatch):
     monkeypatch.setattr("effitrain.cli.console.tqdm", partial(tqdm, ncols=80))
     out, err = streams(Terminal)

@@ -38,8 +38,8 @@ PRUNE = "--prune-ratio --prune-parts --prune-score --prune-ranking --prune-round
 FLAGS = {
     "plan": f"{RUN} --prove --json",
     "run": f"{RUN} --prove --dry-run --json --quiet",
-    "eval": f"{ADAPT} {DATA} --by-position --passkey --json",
-    "chat": f"{ADAPT} --template --prompt --max-new-tokens --temperature",
+    "eval": f"{ADAPT} {DATA} --fit --resident-layers --by-position --passkey --json",
+    "chat": f"{ADAPT} --fit --resident-layers --template --prompt --max-new-tokens --temperature",
     "prune": f"{PRUNE} {DATA} --config --model --eval-dataset --eval-fraction --max-seq-len --seed --quant --dtype"
     " --output-dir -o",
     "recover": "--model --output-dir -o --config --adapter --keep",

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -49,7 +50,7 @@ def test_json_has_exactly_the_keys_of_the_contract() -> None:
         )
         assert set(content["settings"]) == {
             "max_seq_len", "batch_size", "grad_accum", "dtype", "recompute", "offload", "optimizer", "lr", "streamed",
-            "on_disk", "by_layer", "mlp_tiles",
+            "on_disk", "at_once", "mlp_tiles", "work",
         }  # fmt: skip
         assert json.loads(json.dumps(content)) == content
 
@@ -104,12 +105,33 @@ def test_llama_70b_at_20_gib_streams_and_offers_pruning() -> None:
 def test_a_405b_streams_from_the_disk() -> None:
     made = plan("llama-405b", 24 * GIB)
     assert made.fits and made.fit == "stream" and made.settings.on_disk > 50
-    assert any("all of it from about" in reason for reason in made.reasons)
+    assert any(re.search(r"all of it from about [\d,]+ tokens a step", reason) for reason in made.reasons)
+    assert any("7 GB/s" in reason for reason in made.reasons)
     assert any("GiB of disk, made once. From the hub 756 GiB are downloaded" in reason for reason in made.reasons)
-    # 16 x 2,048 tokens at the ends of 126 layers would take 126 GiB of host memory; those of 512 fit.
-    assert not made.settings.by_layer and plan("llama-405b", 24 * GIB, max_seq_len=512).settings.by_layer
+    # 16 x 2,048 tokens at the ends of 126 layers would take 126 GiB of host memory: they go in groups. Of 512 all fit.
+    groups, whole = made.settings, plan("llama-405b", 24 * GIB, max_seq_len=512).settings
+    assert groups.grad_accum == 16 and 1 < groups.at_once < 16 and groups.passes == -(-16 // groups.at_once) < 5
+    assert any(f"twice for every {groups.at_once} micro-batches" in reason for reason in made.reasons)
+    assert whole.passes == 1 < whole.at_once
     assert any("read from the disk" in reason for reason in made.reasons)
     assert {line.where for line in made.ledger} == {"gpu", "host", "disk"}
+
+
+@pytest.mark.parametrize("work", ["score", "chat"])
+def test_evaluation_and_chat_take_less_than_training_and_are_offered_their_own_flags(work: Any) -> None:
+    spec, recipe = preset("llama-3.1-8b"), make_recipe({"batch_size": 2, "max_seq_len": 4096, "dtype": "fp32"})
+    roomy, tight = (MemoryBudget(size, 64 * GIB, GIB, "cuda") for size in (40 * GIB, 3 * GIB))
+    used, trained = make_plan(spec, recipe, roomy, work), make_plan(spec, recipe, roomy)
+    assert used.fits and used.peak_bytes < trained.peak_bytes
+    names = {line.what for line in used.ledger}
+    assert not names & {"adapter gradients", "optimizer states", "layer computed again"}
+    assert ("keys and values" in names) == (work == "chat")
+    offers = [row.why for row in make_plan(spec, recipe, tight, work).alternatives if row.why.startswith("--")]
+    flags = {word for why in offers for word in why.split() if word.startswith("--")}
+    assert flags and flags <= {"--fit", "--batch-size", "--max-seq-len", "--dtype", "--quant"}
+    streamed = make_plan(spec, recipe.changed(dtype="bf16"), MemoryBudget(6 * GIB, 64 * GIB, GIB, "cuda"), work)
+    assert streamed.fits and streamed.fit == "stream"
+    assert resolve(recipe, streamed).fit == "stream"
 
 
 def test_planning_is_quick_and_needs_no_torch() -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 
+from effitrain.core.blobs import blob_bytes
 from effitrain.core.cards import CARDS, Rates, cpu_rates, find_card, rates_of
 from effitrain.core.ledger import Settings
-from effitrain.core.memory import blob_bytes
 from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
 from effitrain.core.spec import ModelSpec, spec_from_config

@@ -41,6 +41,24 @@ def test_loraprune_trains_the_whole_model(fit: str) -> None:
     assert (way.fit, way.weights) == ("prune", "resident") and way.spec.linear_params == found()[0].spec.linear_params
 
 
+def test_what_is_no_training_takes_the_whole_model() -> None:
+    preset = find_preset("llama-70b")
+    assert preset is not None
+    spec = spec_from_config(preset.config, "llama-70b")
+    for fields, expected in (({}, ["resident", "stream"]), ({"resident_layers": 3}, ["stream"])):
+        found = ways(spec, make_recipe(fields), BUDGET, "score")
+        assert [way.fit for way in found] == expected
+        assert all(c.settings.work == "score" and not c.settings.offload for way in found for c in way.choices)
+    with pytest.raises(InputError, match="answers differently"):
+        ways(spec, make_recipe({"fit": "prune"}), BUDGET, "chat")
+
+
+@pytest.mark.parametrize("order", ["layer", "micro-batch"])
+def test_an_order_of_streaming_is_refused_where_nothing_streams(order: str) -> None:
+    with pytest.raises(InputError, match=f"--stream-order {order} is for models that stream"):
+        make_recipe({"fit": "resident", "stream_order": order})
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

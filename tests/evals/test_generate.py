@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from effitrain.core.placement import place
 from effitrain.evals.generate import generate, generate_all
 from effitrain.model.decoder import build
 from effitrain.model.load import fill, find_base, stream
 from effitrain.stream.fresh import FreshLayers
-from effitrain.stream.placement import place
 
 CPU, LAYERS = torch.device("cpu"), 4
 PROMPTS = [[5, 9, 31], [77], list(range(20, 60)), [8, 8, 8, 120, 7]]

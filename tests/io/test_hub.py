@@ -11,7 +11,7 @@ import pytest
 
 from effitrain.core.errors import InputError
 from effitrain.core.presets import find_preset
-from effitrain.io.hub import ModelSource, check_weights, fetch_weights, find_model
+from effitrain.io.hub import ModelSource, check_weights, fetch_weights, find_model, revision_of
 
 ID = "someone/a-model"
 
@@ -120,6 +120,15 @@ def test_cached_preset(hub_cache, tiny_model):
     cached = put_in_cache(hub_cache, source.hub_id, tiny_model("llama"))
     check_weights(source)
     assert fetch_weights(source) == cached
+
+
+def test_a_revision_may_be_named(hub_cache, tiny_model):
+    put_in_cache(hub_cache, ID, tiny_model("llama"))
+    source = find_model(f"{ID}@{'0' * 40}")
+    assert (source.hub_id, source.revision) == (ID, "0" * 40) and revision_of(source) == "0" * 40
+    check_weights(source)
+    assert find_model(f"{ID}@main").hub_id == ID
+    message_of(find_model, f"{ID}@{'1' * 40}")
 
 
 def test_config_in_the_cache_without_weights(hub_cache, tiny_model):

@@ -10,7 +10,8 @@ from effitrain.core.errors import InputError
 from effitrain.core.layout import NF4, layer_layout
 from effitrain.io.blob import parts_of, views, write_blob
 from effitrain.io.checkpoint import open_checkpoint
-from effitrain.io.store import StoreKey, find_store, list_stores, open_store, remove_store, verify_store
+from effitrain.io.store import StoreKey, find_store, open_store, remove_store, verify_store
+from effitrain.io.stores import list_stores
 from effitrain.model.load import find_base
 from effitrain.quant.nf4 import quantize
 from effitrain.stream.build import ensure_store
@@ -92,8 +93,9 @@ def test_a_flipped_byte_is_named(built, name):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match=path.name):
+    with pytest.raises(InputError, match=path.name) as caught:
         verify_store(store.folder)
+    assert f"effitrain store rm {store.folder.name}" in caught.value.next_step
 
 
 @pytest.mark.parametrize(
@@ -119,8 +121,26 @@ def test_a_file_cut_off_while_in_use_is_told(built):
     store, _ = built()
     path = store.folder / "layers/000.bin"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(InputError, match=r"000.bin ended 9 bytes early"):
+    with pytest.raises(InputError, match=r"000.bin ended 9 bytes early") as caught:
         store.read_into(0, torch.empty(store.layout(0).nbytes, dtype=torch.uint8))
+    names_the_store(caught.value, store)
+    assert "Layer 0" in caught.value.fact
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "layers/001.safetensors", "embedding.safetensors"])
+def test_a_small_file_cut_off_is_damage_of_the_store_and_of_no_download(built, name):
+    store, _ = built()
+    path = store.folder / name
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=path.name) as caught:
+        open_store(store.folder).read("model.norm.weight")
+    names_the_store(caught.value, store)
+
+
+def names_the_store(error, store):
+    assert f"The store {store.folder.name} is damaged" in error.fact and "download" not in str(error)
+    assert f"effitrain store verify {store.folder.name}" in error.next_step
+    assert f"effitrain store rm {store.folder.name}" in error.next_step
 
 
 def test_layers_of_one_shape_are_described_once(built):

@@ -11,6 +11,7 @@ from effitrain.adapters.attach import adapters, attach
 from effitrain.adapters.base import AdapterConfig, Clock
 from effitrain.adapters.lora import LoRA
 from effitrain.core.keep import KeepMap, LayerKeep
+from effitrain.core.placement import place
 from effitrain.kernels import backend
 from effitrain.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
 from effitrain.model.decoder import build
@@ -18,7 +19,6 @@ from effitrain.model.load import fill, find_base, load_model, stream
 from effitrain.planning import recipe
 from effitrain.pruning.cut import CutWeights
 from effitrain.stream.fresh import FreshLayers
-from effitrain.stream.placement import place
 
 pytestmark = pytest.mark.interpreter
 CPU = torch.device("cpu")

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
+from effitrain.core.placement import Placement
 from effitrain.data.batches import Batches, MicroBatch
 from effitrain.data.tokenized import TokenSet
 from effitrain.model.decoder import Decoder, build
 from effitrain.model.load import fill, find_base, stream
 from effitrain.quant.read import DTYPES
 from effitrain.stream.fresh import FreshLayers
-from effitrain.stream.placement import Placement
 from effitrain.train.loop import accumulate
 
 CPU = torch.device("cpu")
@@ -32,11 +32,11 @@ class Trial:
     clock: Clock
     parameters: list[Tensor] = field(default_factory=list)
 
-    def step(self, micro: list[MicroBatch], by_layer: bool = False) -> list[Tensor]:
+    def step(self, micro: list[MicroBatch], at_once: int = 1) -> list[Tensor]:
         """The loss, and the gradient of every adapter tensor."""
         for parameter in self.parameters:
             parameter.grad = None
-        loss = accumulate(self.decoder, micro, self.clock, self.parameters, by_layer)
+        loss = accumulate(self.decoder, micro, self.clock, self.parameters, at_once)
         return [torch.tensor(loss), *(p.grad for p in self.parameters if p.grad is not None)]
 
 

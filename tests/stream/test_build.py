@@ -18,7 +18,8 @@ from effitrain.core.presets import find_preset
 from effitrain.core.spec import spec_from_config
 from effitrain.io import store as store_module
 from effitrain.io.checkpoint import open_checkpoint
-from effitrain.io.store import StoreKey, list_stores, verify_store
+from effitrain.io.store import StoreKey, verify_store
+from effitrain.io.stores import list_stores
 from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
 from effitrain.io.writer import stream_safetensors
 from effitrain.stream.build import ensure_store
@@ -216,8 +217,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
         return parts_of(weight)
 
     monkeypatch.setattr(blob, "parts_of", full)
-    with pytest.raises(InputError, match="No space left on device"):
+    with pytest.raises(InputError, match="No space left on device") as caught:
         ensure_store(tmp_path / "stores", key_of(checkpoint), spec, checkpoint)
+    assert "XDG_CACHE_HOME" in caught.value.next_step and "-o" not in caught.value.next_step
     (partial,) = list_stores(tmp_path / "stores")
     blobs = sorted((partial / "layers").glob("*.bin"))
     assert [path.name for path in blobs] == ["000.bin", "001.bin"]

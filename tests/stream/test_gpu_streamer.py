@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from effitrain.core.placement import place
 from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.store import StoreKey
 from effitrain.model.load import find_base
 from effitrain.stream.build import ensure_store
 from effitrain.stream.pinned import pinned_empty
-from effitrain.stream.placement import place
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,8 +27,8 @@ def test_the_bits_of_the_resident_step(tiny_model, trial, micro_batches, quant, 
     folder, micro = tiny_model("llama", **SHAPE), micro_batches(3, longest=200)
     expected = trial(folder, None, quant, "bf16", device=CUDA).step(micro)
     streamed = trial(folder, place(LAYERS, resident, slots), quant, "bf16", device=CUDA)
-    for by_layer in (False, True, False, True):
-        found = streamed.step(micro, by_layer)
+    for at_once in (1, len(micro), 1, 2):
+        found = streamed.step(micro, at_once)
         assert len(found) == len(expected) and all(map(torch.equal, found, expected))
     traffic = streamed.decoder.streamer.traffic
     assert traffic.copies and traffic.copy_seconds > 0 and 0 <= traffic.hidden_share <= 1
@@ -48,8 +48,8 @@ def test_staged_layers(tiny_model, trial, micro_batches, tmp_path, monkeypatch, 
     placement = place(LAYERS, 0, 2, disk_layers=LAYERS if tier == "disk" else 0)
     streamed = trial(folder, placement, "nf4", "bf16", source=store, device=CUDA)
     assert len(streamed.decoder.streamer.host.pageable) == (LAYERS if tier == "pageable" else 0)
-    for by_layer in (False, True):
-        assert all(map(torch.equal, streamed.step(micro, by_layer), expected))
+    for at_once in (1, len(micro)):
+        assert all(map(torch.equal, streamed.step(micro, at_once), expected))
 
 
 def test_no_device_memory_is_asked_for_in_steady_state(tiny_model, trial, micro_batches):

@@ -10,12 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
+from effitrain.core.placement import place
 from effitrain.io.synthetic import EmptyCheckpoint, shapes_of
 from effitrain.model.decoder import build
 from effitrain.model.load import fill, find_base, stream
 from effitrain.quant.nf4 import warm_up
 from effitrain.stream.fresh import FreshLayers
-from effitrain.stream.placement import place
 from effitrain.train.loss import loss_sum
 from effitrain.train.memory import StorageTracker, model_tensors
 

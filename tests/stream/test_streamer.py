@@ -9,9 +9,9 @@ from functools import cache
 import pytest
 import torch
 
+from effitrain.core.placement import place
 from effitrain.stream.engine import Engine
 from effitrain.stream.offload import Offload
-from effitrain.stream.placement import place
 
 LAYERS = 5
 FAMILIES = ("llama", "mistral", "qwen3", "qwen2")
@@ -42,8 +42,8 @@ def test_any_number_of_resident_layers(resident, trial, micro_batches, family, s
     assert all(grad.any() for grad in expected)
     for count in range(LAYERS + 1):
         streamed = trial(folder, place(LAYERS, count, slots))
-        for by_layer in (False, True):
-            assert equal(streamed.step(micro_batches(), by_layer), expected)
+        for at_once in (1, 3):
+            assert equal(streamed.step(micro_batches(), at_once), expected)
 
 
 def seeds(short, long):
@@ -67,8 +67,8 @@ def test_random_models_placements_and_delays(resident, trial, micro_batches, sle
         del settings["family"]
         placement = place(LAYERS, rng.randrange(LAYERS), rng.choice([1, 2, 3]))
         streamed = sleepy(trial(folder, placement, **settings), seed)
-        for by_layer in (False, True, False):
-            assert equal(streamed.step(micro_batches(count), by_layer), expected), (seed, settings, placement, by_layer)
+        for at_once in (1, rng.choice([2, 3, count]), 1):
+            assert equal(streamed.step(micro_batches(count), at_once), expected), (seed, settings, placement, at_once)
 
 
 def early(engine, copy):
@@ -101,10 +101,20 @@ def test_bytes_copied_are_those_of_the_plan(resident, trial, micro_batches, slot
         streamed.step(micro_batches(3))
         copies += 6 * missing if step else S + 5 * missing
         assert (streamer.traffic.copies, streamer.traffic.bytes_copied) == (copies, copies * blob)
-    for _ in range(2):
-        streamed.step(micro_batches(3), by_layer=True)
-        copies += 2 * missing
+        assert streamer.traffic.planned == copies
+    for at_once, passes in ((3, 1), (2, 2), (2, 2), (5, 1)):
+        streamed.step(micro_batches(3), at_once)
+        copies += 2 * passes * missing
         assert streamer.traffic.bytes_copied == copies * blob
+
+
+@pytest.mark.parametrize("targets", [None, ("down_proj", "lm_head")])
+def test_groups_add_up_in_the_order_of_the_micro_batches(resident, trial, micro_batches, targets):
+    """(a + b) + (c + d) is not ((a + b) + c) + d in floating point."""
+    folder, expected = resident("llama", targets=targets, count=5)
+    streamed = trial(folder, place(LAYERS, 1, 2), targets=targets)
+    for at_once in (2, 3, 4):
+        assert equal(streamed.step(micro_batches(5), at_once), expected), at_once
 
 
 def test_waiting_for_a_slot_is_no_time_of_a_copy(resident, trial, micro_batches, monkeypatch):
@@ -141,8 +151,11 @@ def test_what_waits_on_the_host_is_never_written(resident, trial, micro_batches)
     before = {layer: blob.clone() for layer, blob in blobs.items()}
     for blob in blobs.values():
         blob.numpy().flags.writeable = False
+    host = streamed.decoder.streamer.host
     streamed.step(micro_batches())
-    assert all(torch.equal(before[layer], blob) for layer, blob in blobs.items())
+    assert all(torch.equal(before[layer], blob) for layer, blob in blobs.items()) and host.written() == 0
+    blobs[2].copy_(streamed.decoder.streamer.slots[0])
+    assert host.written() == 1
 
 
 def test_a_failing_copy_is_told_and_the_next_pass_starts_afresh(resident, trial, micro_batches):
@@ -202,22 +215,21 @@ def test_a_real_model(data_dir, trial, micro_batches, sleepy, slots, quant):
     expected = whole.step(batches)
     for count in range(0, layers, 2):
         streamed = sleepy(trial(folder, place(layers, count, slots), quant), count)
-        for by_layer in (False, True):
-            assert equal(streamed.step(batches, by_layer), expected)
+        for at_once in (1, 2):
+            assert equal(streamed.step(batches, at_once), expected)
 
 
 def test_layer_inputs_may_wait_on_the_host_too(resident, trial, micro_batches):
     folder, expected = resident("llama")
     micro = micro_batches()
     tokens = max(len(batch.input_ids) for batch in micro)
-    for by_layer in (False, True):
+    for at_once in (1, 2, 3):
         streamed = trial(folder, place(LAYERS, 1, 2))
-        inputs = LAYERS * (len(micro) if by_layer else 1)
         streamed.decoder.offload = Offload(
-            inputs, tokens, streamed.decoder.spec.hidden, torch.float32, torch.device("cpu")
+            LAYERS * at_once, tokens, streamed.decoder.spec.hidden, torch.float32, torch.device("cpu")
         )
         for _ in range(2):
-            assert equal(streamed.step(micro, by_layer), expected)
+            assert equal(streamed.step(micro, at_once), expected)
 
 
 def test_norms_and_mlps_in_tiles(resident, trial, micro_batches):
@@ -229,5 +241,5 @@ def test_norms_and_mlps_in_tiles(resident, trial, micro_batches):
     for count in (0, 2):
         streamed = trial(folder, place(LAYERS, count, 2))
         streamed.decoder.set_tile(7)
-        for by_layer in (False, True):
-            assert equal(streamed.step(micro_batches(), by_layer), expected)
+        for at_once in (1, 3):
+            assert equal(streamed.step(micro_batches(), at_once), expected)

@@ -1,6 +1,7 @@
 """Which layers stay on the device, and where the others wait for their turn: a pure function of integers."""
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,18 @@ class Placement:
     on_disk: frozenset[int]
     slots: int
 
-    @property
+    @cached_property
     def streamed(self) -> tuple[int, ...]:
         """The layers that visit the device, in order."""
         return tuple(layer for layer in range(self.num_layers) if layer not in self.resident)
 
-    @property
+    @cached_property
     def in_host_memory(self) -> tuple[int, ...]:
         """The streamed layers that wait in host memory."""
         return tuple(layer for layer in self.streamed if layer not in self.on_disk)
 
 
+@lru_cache(maxsize=1024)  # the search of a plan asks the same many times
 def place(num_layers: int, resident_layers: int, slots: int = 3, disk_layers: int = 0) -> Placement:
     """Resident layers spread evenly, so that every copy has computation to hide behind; of the others ``disk_layers``
     spread evenly too, so that reading from disk has copies from memory to hide behind.

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from effitrain.stream.placement import place
+from effitrain.core.placement import place
 
 
 @pytest.mark.parametrize("layers", [1, 2, 7, 80])
