@@ -172,8 +172,9 @@ def _train(
         scores.add("after")
     stream = None
     if after and job.decoder.streamer:
-        written = job.decoder.streamer.host.written()
-        stream = stream_figures(before, after, the_plan.settings, the_plan.resident_layers, written)
+        settings, written = the_plan.settings, job.decoder.streamer.host.written()
+        layers = (settings.streamed, the_plan.resident_layers)
+        stream = stream_figures(before, after, *layers, settings.at_once, written)
     return Trained(state, expected, scores.points, stream, timeline, scores.by_position())
 
 

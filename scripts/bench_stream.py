@@ -10,13 +10,13 @@ the forward pass of a layer is timed; then the link is made so slow that copying
 - at 3 they cannot: with 4 micro-batches all passing a layer before the next is fetched, a step is at least twice as
   fast as with one micro-batch after the other. "orders" takes 3 times a layer's forward pass for the step's tokens,
   "orders_of_one" 3 times that for one micro-batch. There computing the step takes longer than copying it once, and
-  bounds the gain: S layers in N slots are copied 8 (S - N) times, each in 3 forward passes of a layer, against 4 S
-  forward passes and as many backward passes of b times their length: 6 (S - N) / S / (1 + b). Small NF4 layers have
-  b = 2.2, so that 1.9 is the most; wide plain ones b = 1.9 and, where S is large, 2. That is what is run.
+  bounds the gain: with a backward pass of b times the forward it is 24 / (4 + 4 b) at most. Small NF4 layers have
+  b = 2.2, so 1.9 is the most; wide plain ones b = 1.9, so 2.1 is. Those are run (`benchmarks/slow_checks.md`).
 
 Sides take turns and medians over the repeats are reported, so that other programs' load meets all of them.
-"speedup_alone" is made of processor times, which others do not lengthen: the copies of the micro-batch order, each of 3
-forward passes of a layer, over what the layer order computes and its first copy.
+"speedup_alone" is made of processor times, which others do not lengthen: what the copies of the micro-batch order take,
+each 3 forward passes of a layer, over what the layer order computes and its first copy; with no computation beside the
+copies it is the least that the gain may be.
 """
 
 import argparse

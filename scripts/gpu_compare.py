@@ -131,14 +131,16 @@ def _times(resident: Side, streamed: Side, batch: MicroBatch) -> dict[str, Any]:
         statistics.median(column)
         for column in zip(*([side.seconds(batch) for side in sides] for _ in range(REPEATS)), strict=True)
     )
-    count = len(streamed.decoder.streamer.linears)  # type: ignore[union-attr]
+    streamer = streamed.decoder.streamer
+    assert streamer is not None
+    count = len(streamer.linears)
     return {
         "tokens": len(batch.input_ids),
         "resident_step_seconds": alone,
         "streamed_step_seconds": visiting,
         "step_time_over_resident": round(visiting / alone, 4),
         "steps": REPEATS,
-        **stream_figures(before, streamed.traffic(), count, layers - count),
+        **stream_figures(before, streamed.traffic(), count, layers - count, 1, streamer.host.written()),
     }
 
 

@@ -26,8 +26,8 @@ class Settings:
     ``recompute``: what is computed again in the backward pass; ``offload``: layer inputs wait for it on the host.
     ``streamed``: layers whose frozen weights visit the device; ``on_disk``: how many of them are read from the disk;
     ``at_once``: micro-batches that pass a layer before the next one is fetched, fewer in the last group of a step;
-    ``mlp_tiles``: parts of a micro-batch that norms and MLPs take one by one; ``work``: training, scoring texts (forward
-    passes alone), or chat, where a micro-batch is a conversation.
+    ``mlp_tiles``: parts of a micro-batch that norms and MLPs take one by one;
+    ``work``: training, scoring texts (forward passes alone), or chat, where a micro-batch is a conversation.
     """
 
     max_seq_len: int

@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from effitrain.core.ledger import Settings
 from effitrain.core.plan import Plan
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import DataUse, Losses, Memory, Report
@@ -86,11 +85,17 @@ def write_report(
 
 
 def stream_figures(
-    before: Traffic | None, after: Traffic, settings: Settings, resident: int, written: int
+    before: Traffic | None, after: Traffic, streamed: int, resident: int, at_once: int, written: int
 ) -> dict[str, Any]:
     """The ``stream`` part of the report: what was copied between two counts, those before and after training.
 
-    ``layers_copied_back`` is how many layers in host memory were ``written`` to.
+    Args:
+        before: training.
+        after: training.
+        streamed: layers that visit the device.
+        resident: layers that stay there.
+        at_once: micro-batches that pass a layer together.
+        written: layers in host memory that were written to.
     """
     past = before or Traffic()
     part = Traffic(
@@ -101,9 +106,9 @@ def stream_figures(
         after.wait_seconds - past.wait_seconds,
     )
     return {
-        "streamed_layers": settings.streamed,
+        "streamed_layers": streamed,
         "resident_layers": resident,
-        "micro_batches_together": settings.at_once,
+        "micro_batches_together": at_once,
         "bytes_copied": part.bytes_copied,
         "copies": part.copies,
         "copies_planned": part.planned,
