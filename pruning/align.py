@@ -131,10 +131,11 @@ class LeastSquares:
         """D [out, in] in float32 and the relative squared error without and with it; ``ridge`` is a share of the mean
         of the inputs' squares.
         """
-        damped = self.gram.clone()
-        damped.diagonal().add_(max(ridge * damped.diagonal().mean().item(), torch.finfo(torch.float64).tiny))
-        solution = torch.cholesky_solve(self.cross.t(), torch.linalg.cholesky(damped)).t()
-        gained = (solution * (2 * self.cross - solution @ self.gram)).sum().item()
+        damping = max(ridge * self.gram.diagonal().mean().item(), torch.finfo(torch.float64).tiny)
+        self.gram.diagonal().add_(damping)  # at 14,336 inputs it takes 1.6 GB, so there is no second one
+        solution = torch.cholesky_solve(self.cross.t(), torch.linalg.cholesky(self.gram)).t()
+        self.gram.diagonal().sub_(damping)
+        gained = (solution * self.cross).sum().item() + damping * solution.square().sum().item()
         size = self.size or 1.0
         return solution.float(), self.error / size, (self.error - gained) / size
 

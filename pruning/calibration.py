@@ -4,14 +4,12 @@ from dataclasses import dataclass
 
 from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
+from effitrain.core.stages import BATCH_TOKENS, calibration_tokens
 from effitrain.data.batches import Batches, MicroBatch
 from effitrain.data.prepare import PreparedData, prepare_data
 from effitrain.model.load import Base
 
-# Least squares wants several tokens for every input it solves for: twice the channels of the full FFN, or 64 sequences
-# of 256 tokens, which is what the small studies use.
-_TOKENS_PER_CHANNEL, _TOKENS, LEAST_TOKENS = 2, 16_384, 256
-_BATCH_TOKENS = 2048
+LEAST_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ def calibrate(recipe: Recipe, base: Base, data: PreparedData | None = None) -> C
         recipe = recipe.changed(dataset=recipe.calib_dataset, eval_dataset=None, eval_fraction=0.0)
         data = None
     data = data or prepare_data(recipe, base.tokenizer(), length)
-    batches = Batches(data.train, max(1, _BATCH_TOKENS // length), length, False, recipe.seed)
-    wanted, chosen = max(_TOKENS, _TOKENS_PER_CHANNEL * base.spec.ffn), list[MicroBatch]()
+    batches = Batches(data.train, max(1, BATCH_TOKENS // length), length, False, recipe.seed)
+    wanted, chosen = calibration_tokens(base.spec.ffn), list[MicroBatch]()
     while len(chosen) < batches.per_epoch and sum(len(batch.input_ids) for batch in chosen) < wanted:
         chosen.append(batches.get(len(chosen)))
     found = Calibration(tuple(chosen), f"{data.fingerprint}/{recipe.seed}")

@@ -9,15 +9,13 @@ from torch import Tensor, nn
 
 from effitrain.core.errors import InputError
 from effitrain.core.spec import Axis
+from effitrain.core.stages import KEPT_INPUTS
 from effitrain.data.batches import MicroBatch
 from effitrain.kernels.linear_cross_entropy import linear_cross_entropy
 from effitrain.model.walk import Passing, Walk, frozen, grouped
 from effitrain.pruning.scores.seen import Seen, SeenLayer
 
 Scores = Mapping[int, Mapping[Axis, Tensor]]
-# Host memory for the layer inputs that a gradient score keeps until its backward pass: 3,276 tokens of a 70B model in
-# bf16. LLM-Pruner scores with 640 (10 samples of 64).
-_KEPT_INPUTS = 4 * 2**30
 
 
 def needs(name: str) -> str:
@@ -31,7 +29,7 @@ def looked_at(name: str, walk: Walk, batches: Sequence[MicroBatch]) -> Sequence[
     """
     if needs(name) != "gradients":
         return batches
-    return next(grouped(batches, walk.tokens_within(_KEPT_INPUTS // walk.decoder.spec.num_layers)), [])
+    return next(grouped(batches, walk.tokens_within(KEPT_INPUTS // walk.decoder.spec.num_layers)), [])
 
 
 def score_layers(
@@ -140,7 +138,7 @@ def _see_gradient(seen: Seen, x: Tensor, y: Tensor) -> None:
 
 def _seen(walk: Walk, index: int, layer: nn.Module) -> dict[str, Seen]:
     names = [linear.name for linear in walk.decoder.spec.layers[index].linears]
-    return {name: Seen(frozen(layer.get_submodule(name)).dense(torch.float32)) for name in names}
+    return {name: Seen(frozen(layer.get_submodule(name))) for name in names}
 
 
 @contextmanager

@@ -91,6 +91,7 @@ def make_plan(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work 
         alternatives=(*(() if way.fits else leaner(way)), *other_ways(spec, recipe, budget, way)),
         reasons=(
             *_shortfalls(choice, budget),
+            *_short_stages(way),
             *_notices(spec, choice, budget),
             *(_explain(way, choice, budget) if way.fits and work == "train" else ()),
         ),
@@ -170,6 +171,20 @@ def _shortfalls(choice: Choice, budget: MemoryBudget) -> Iterator[str]:
         yield f"The host needs {need} and its budget is {have}: {format_bytes(short)} short."
 
 
+def _short_stages(way: Way) -> Iterator[str]:
+    for stage in way.stages:
+        for size, have, where in (
+            (stage.device, way.budget.gpu_bytes, "on the device"),
+            (stage.host, way.budget.host_bytes, "of host memory"),
+        ):
+            if size > have:
+                yield (
+                    f"{stage.what} before training needs {format_bytes(size)} {where} and the budget is"
+                    f" {format_bytes(have)}: {format_bytes(size - have)} short. Less takes --align none, or"
+                    " --prune-score magnitude."
+                )
+
+
 def _notices(spec: ModelSpec, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
     yield from budget.notices
     if budget.device == "cuda" and rates_of(budget.card) is None:
@@ -186,6 +201,9 @@ def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
         yield from _explain_streaming(way, choice, budget)
     if way.fit == "prune":
         yield "It trains on a pruned model, an approximation: the report tells how much of the gain arrives."
+    for stage in way.stages:
+        sizes = f"{format_bytes(stage.device)} on the device and {format_bytes(stage.host)} of host memory"
+        yield f"{stage.what} before training takes up to {sizes}."
     if way.prune_ratio is not None and recipe.prune_ratio is None:
         yield f"Pruned by {way.prune_ratio:g}: the smallest ratio of the table that fits {have}."
     if recipe.batch_size is None:

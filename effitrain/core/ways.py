@@ -11,6 +11,7 @@ from effitrain.core.errors import InputError
 from effitrain.core.ledger import Work
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
+from effitrain.core.stages import Stage, stages
 
 # Ratios that are tried: those of LoRAM (Zhang et al. 2025, table 4), and a half.
 PRUNE_RATIOS = (0.5, 0.65, 0.75, 0.85, 0.95)
@@ -26,6 +27,7 @@ class Way:
     recipe: Recipe
     budget: MemoryBudget
     prune_ratio: float | None = None
+    whole: ModelSpec | None = None  # what is pruned first
     work: Work = "train"
 
     @cached_property
@@ -40,13 +42,19 @@ class Way:
 
     @property
     def fits(self) -> bool:
-        """Whether any of them does."""
-        return self.best.fits(self.budget)
+        """Whether any of them does, and the stages before it."""
+        return self.shortage == (0, 0)
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """What is done to the model before it is trained."""
+        return stages(self.whole, self.spec, self.recipe, self.budget) if self.whole else []
 
     @property
     def shortage(self) -> tuple[int, int]:
         """Bytes that are missing on the device and on the host."""
-        device, host = self.best.peak - self.budget.gpu_bytes, self.best.host_peak - self.budget.host_bytes
+        device = max([self.best.peak, *(stage.device for stage in self.stages)]) - self.budget.gpu_bytes
+        host = max([self.best.host_peak, *(stage.host for stage in self.stages)]) - self.budget.host_bytes
         return max(0, device), max(0, host)
 
 
@@ -76,7 +84,7 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "tr
         cut = {ratio: small_spec(spec, recipe.changed(prune_ratio=ratio)) for ratio in ratios}
         kept: tuple[Weights, ...] = ("resident", "streamed") if can_stream else ("resident",)
         kept = kept if recipe.resident_layers is None else tuple(way for way in kept if way == "streamed")
-        prune = [Way("prune", weights, cut[ratio], recipe, budget, ratio) for weights in kept for ratio in ratios]
+        prune = [Way("prune", weights, cut[ratio], recipe, budget, ratio, spec) for weights in kept for ratio in ratios]
     if recipe.fit != "auto":
         return {"resident": resident, "stream": stream, "prune": prune}[recipe.fit]
     if recipe.prune_ratio is not None:  # who names a ratio wants it

@@ -1,7 +1,7 @@
 """FLAP (An et al. 2024): how much a channel varies, times the squared norm of the column that reads it.
 
-A channel that hardly varies can go and leave its mean behind. FLAP adds that mean as a bias to o_proj and down_proj;
-here nothing does, because most model classes have no bias there, and ``--align lsq`` corrects their weights instead.
+A channel that hardly varies can go and leave its mean behind: as a bias of o_proj and down_proj with ``--align bias``,
+or in their weights with ``--align lsq``.
 """
 
 from torch import Tensor

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from effitrain.core.spec import Axis, LayerSpec
 from effitrain.pruning.groups import members, per_group
+from effitrain.quant.linear import FrozenLinear
 
 
 @dataclass
@@ -15,18 +16,23 @@ class Seen:
     """One linear.
 
     Attributes:
-        weight: float32 [out, in].
+        linear: the linear, while its layer is in memory.
         count: tokens seen.
         sums: float32 [in], inputs added up over tokens.
         squares: float32 [in], their squares.
         grad: float32 [out, in], gradient of the summed loss; None unless asked for.
     """
 
-    weight: Tensor
+    linear: FrozenLinear
     count: int = 0
     sums: Tensor | None = None
     squares: Tensor | None = None
     grad: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [out, in]; where it is not stored so, a fresh tensor: a copy of every linear would be too much."""
+        return self.linear.dense(torch.float32)
 
     def see(self, x: Tensor) -> None:
         """Take in inputs [..., in]."""

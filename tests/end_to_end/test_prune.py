@@ -51,6 +51,8 @@ def test_files_and_report_of_one_command(one, full, effitrain, counting):
     gain = loss["eval_before"] - loss["eval_after"]
     assert pruned["gain_share"] == pytest.approx(gain / (pruned["small_before"] - pruned["small_after"]))
     assert gain > 0 and pruned["small_after"] < pruned["small_before"]
+    page = (one / "report.html").read_text()
+    assert f"{STEPS} steps of the small model" in page and "Evaluation loss of the full model" in page
     facts = read(one / "small/prune.json")
     assert [fit["layer"] for fit in facts["alignment"]] == [1, 1, 2, 2]
     assert all(fit["after"] < fit["before"] for fit in facts["alignment"])
@@ -200,6 +202,18 @@ def test_loraprune_goes_on_from_a_checkpoint_as_if_nothing_had_happened(pruned_w
     assert weights[0] == weights[1] and losses(copy) == losses(pruned_while_training)
 
 
+def test_planner_rows_for_every_ratio_of_the_table(effitrain):
+    """Each a way of its own, smaller as more goes, with a speed; the fastest settings of each fit the card."""
+    sizes = ["--max-seq-len", 2048, "--batch-size", 1, "--grad-accum", 16, "--recompute", "layer",
+             "--offload-activations", "off", "--gpu-mem", "40G", "--host-mem", "64G"]  # fmt: skip
+    plan = json.loads(effitrain("plan", "--model", "llama-70b", *sizes, "--json").out)
+    rows = {way["prune_ratio"]: way for way in plan["alternatives"] if way["fit"] == "prune"}
+    assert list(rows) == [0.5, 0.65, 0.75, 0.85, 0.95] and all(way["fits"] for way in rows.values())
+    for smaller, larger in zip(list(rows.values())[1:], rows.values(), strict=False):
+        assert smaller["peak_bytes"] < larger["peak_bytes"]
+        assert smaller["tokens_per_second_estimate"] > larger["tokens_per_second_estimate"]
+
+
 @pytest.mark.parametrize(("budget", "at_most", "streams"), [("24G", 16.2, False), ("12G", 12, True), ("8G", 8, True)])
 def test_70b_at_085_fits_and_streams_where_that_is_not_enough(effitrain, budget, at_most, streams):
     """Rank 16, float32 adapters and states, head in bf16, one sample of 2,048 tokens."""
@@ -219,6 +233,7 @@ def test_flap_as_published_ranks_across_layers_and_leaves_biases(full, flags, ef
     command = ["run", "--model", full, "--fit", "prune", "--prune-ratio", 0.5, *flap, *flags]
     answer = effitrain(*command, "-o", tmp_path / "flap")
     assert answer.code == 0, answer.err
+    assert "Evaluation loss of the small model before" in answer.out and "of the full model after" in answer.out
     config = read(tmp_path / "flap/small/config.json")
     assert sum(config["effitrain_widths"]["ffn"]) == 4 * 56 and len(set(config["effitrain_widths"]["ffn"])) > 1
     assert "model.layers.0.mlp.down_proj" in config["effitrain_biases"] and config["quantization_config"]

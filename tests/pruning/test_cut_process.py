@@ -18,8 +18,10 @@ from effitrain.core.spec import spec_from_config
 from effitrain.io.atomic import remove_stale
 from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
 from effitrain.pruning.cut import CutWeights, write_cut
+from effitrain.quant.nf4 import quantize, warm_up
 
-name, layers, vocab, stop, target = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5])
+name, layers, vocab, stop, form, target = *sys.argv[1:6], Path(sys.argv[6])
+layers, vocab = int(layers), int(vocab)
 config = {**find_preset(name).config, "num_hidden_layers": layers, "vocab_size": vocab}
 spec = spec_from_config(config, name)
 widths = cut_widths(spec, 0.5, exempt=(0, 0))
@@ -30,15 +32,19 @@ def progress(tensor):
     if tensor == stop:
         os.kill(os.getpid(), signal.SIGKILL)
 
+warm_up(torch.device("cpu"))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 remove_stale(target.parent, target.name)
-write_cut(target, CutWeights(weights, spec, keep), config, None, progress=progress)
+write_cut(target, CutWeights(weights, spec, keep), config, None, progress=progress,
+          quantize=quantize if form == "nf4" else None)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def cut(name: str, layers: int, vocab: int, target: Path, stop: str = "none") -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-P", "-c", CUT, name, str(layers), str(vocab), stop, str(target)]
+def cut(
+    name: str, layers: int, vocab: int, target: Path, stop: str = "none", form: str = "nf4"
+) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-P", "-c", CUT, name, str(layers), str(vocab), stop, form, str(target)]
     return subprocess.run(arguments, capture_output=True, text=True)
 
 
@@ -49,9 +55,10 @@ def cut(name: str, layers: int, vocab: int, target: Path, stop: str = "none") ->
         pytest.param(16, 128256, 1.5, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),  # the embedding is 0.49 GiB
     ],
 )
-def test_cutting_the_1b_shape_takes_the_memory_of_a_few_tensors(layers, vocab, most, tmp_path):
+@pytest.mark.parametrize("form", ["none", "nf4"])
+def test_cutting_the_1b_shape_takes_the_memory_of_a_few_tensors(layers, vocab, most, form, tmp_path):
     """``most`` GiB of resident memory above what the process has after its imports."""
-    done = cut("llama-3.2-1b", layers, vocab, tmp_path / "small")
+    done = cut("llama-3.2-1b", layers, vocab, tmp_path / "small", form=form)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < most * 2**20  # KiB
 

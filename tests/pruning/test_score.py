@@ -185,9 +185,9 @@ def test_a_gradient_score_keeps_the_inputs_of_as_much_text_as_the_bound_holds(mo
     one, two, three = (taylor(batches[:count]) for count in (1, 2, 3))
     assert not torch.equal(two, three) and not torch.equal(one, two)
     for tokens, expected in ((77, two), (52, two), (51, one), (1, one), (78, three)):
-        monkeypatch.setattr(score, "_KEPT_INPUTS", tokens * per_token)
+        monkeypatch.setattr(score, "KEPT_INPUTS", tokens * per_token)
         assert torch.equal(taylor(batches), expected)
-    monkeypatch.setattr(score, "_KEPT_INPUTS", 0)
+    monkeypatch.setattr(score, "KEPT_INPUTS", 0)
     assert list(looked_at("wanda", full.walk(), batches)) == batches
 
 

@@ -1,0 +1,79 @@
+"""The stages together: what is gone on with after an interruption, what is refused, what is left."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from effitrain.core.errors import InputError, Interrupted
+from effitrain.core.recipe import make_recipe
+from effitrain.pruning.calibration import Calibration
+from effitrain.pruning.small import make_small
+from effitrain.quant.nf4 import dequantize
+
+from .conftest import CPU
+
+
+@pytest.fixture
+def make(model, text, tmp_path):
+    """``make(train, **fields)``: the small model of a random one by a training that is given."""
+    full = model("llama", heads=8, kv_heads=2, layers=3)
+    calibration = Calibration(tuple(text(12)), "text")
+
+    def call(train, **fields):
+        recipe = make_recipe(
+            {"model": str(full.folder), "fit": "prune", "prune_ratio": 0.5, "prune_score": "magnitude",
+             "align": "train", "dtype": "fp32", "max_seq_len": 32, **fields}
+        )  # fmt: skip
+        return make_small(full.base.fetched(), recipe, lambda: calibration, CPU, tmp_path / "small", train=train)
+
+    return call
+
+
+def add_one(model, out):
+    """A training that adds one to the last norm and halves a matrix."""
+    shutil.copytree(model, out / "model")
+    tensors = load_file(out / "model/model.safetensors")
+    tensors["model.norm.weight"] += 1
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 0.5
+    save_file(tensors, out / "model/model.safetensors")
+    return out / "model", {"steps": 1}
+
+
+def interrupted(model, out):
+    raise Interrupted("Stopped.")
+
+
+def test_training_goes_on_from_the_model_that_was_cut_and_leaves_the_small_one_alone(make, tmp_path):
+    with pytest.raises(Interrupted):
+        make(interrupted)
+    assert [path.name for path in tmp_path.iterdir()] == ["small-align"]
+    file = tmp_path / "small-align/cut/model.safetensors"
+    before, cut = file.stat().st_mtime_ns, load_file(file)
+
+    def train(model, out):
+        assert file.stat().st_mtime_ns == before  # not cut again
+        return add_one(model, out)
+
+    small = make(train)
+    weights = small.base.weights()
+    assert torch.equal(weights.read("model.norm.weight"), cut["model.norm.weight"] + 1)
+    halved = dequantize(weights.read_nf4("model.layers.1.mlp.up_proj.weight"), torch.float32)
+    original = cut["model.layers.1.mlp.up_proj.weight"]
+    assert (halved - original / 2).norm() < 0.15 * (original / 2).norm()  # NF4 errs by 9 %
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_what_was_cut_by_other_choices_is_refused(make, tmp_path):
+    with pytest.raises(Interrupted):
+        make(interrupted)
+    with pytest.raises(InputError, match="something else"):
+        make(add_one, prune_ratio=0.25)
+    assert (tmp_path / "small-align/cut").is_dir() and not (tmp_path / "small").exists()
+
+
+def test_a_small_model_in_another_form_is_another_small_model(make):
+    make(add_one)
+    with pytest.raises(InputError, match="something else"):
+        make(add_one, quant="none")
