@@ -16,7 +16,6 @@ from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from study.bench import LORA, Bench, Cut, gsm8k
 from study.record import Figures, Record, Run, put_between_marks
@@ -24,7 +23,7 @@ from study.record import Figures, Record, Run, put_between_marks
 from effitrain.adapters.storage import AdapterBundle
 from effitrain.pruning.recover import recover_factors
 
-LR = 3e-3
+ROWS, LENGTH, LR, WARMUP = 16, 256, 3e-3, 1 / 6
 CUTS = [Cut(0.25), Cut(0.5), Cut(0.5, align="lsq"), Cut(0.75, align="lsq"), Cut(0.5, parts="ffn+kv", align="lsq")]
 CURVE = [
     Cut(0.75), Cut(0.25, align="lsq"),
@@ -55,16 +54,17 @@ def main() -> None:
 
 def plan(quick: bool, curve: bool) -> list[Run]:
     """The runs of the study: the model as it is, LoRA on the full model for each seed, and every way of pruning."""
-    cuts = [(seed, cut) for seed in range(1 if quick else SEEDS) for cut in (QUICK if quick else CUTS)]
-    cuts += [(0, cut) for cut in CURVE if curve]
-    base, full = {"what": "base"}, [{"what": "full", "seed": seed} for seed in dict(cuts)]
-    return [base, *full, *({"what": "pruned", "seed": seed, **asdict(cut)} for seed, cut in cuts)]
+    runs: list[Run] = [{"what": "base"}]
+    for seed in range(1 if quick else SEEDS):
+        cuts = QUICK if quick else CUTS + CURVE if curve and seed == 0 else CUTS
+        runs += [{"what": "full", "seed": seed}, *({"what": "pruned", "seed": seed, **asdict(cut)} for cut in cuts)]
+    return runs
 
 
 @cache
 def bench(data: Path, test_rows: int) -> Bench:
     """What a worker needs, made once."""
-    return Bench(data / "models/stories3M", gsm8k(data, "train_3000"), gsm8k(data, "test_500"), test_rows)
+    return Bench(data / "models/stories3M", gsm8k(data, "train_3000"), gsm8k(data, "test_500"), test_rows, ROWS, LENGTH)
 
 
 def measure(data: Path, steps: int, test_rows: int, run: Run) -> Figures:
@@ -75,13 +75,13 @@ def measure(data: Path, steps: int, test_rows: int, run: Run) -> Figures:
     if run["what"] != "pruned":
         full = on.decoder()
         if run["what"] == "full":
-            on.fit(full, steps, run["seed"], LR)
+            on.fit(full, steps, run["seed"], LR, WARMUP)
         return {"loss": on.loss(full)}
     cut = Cut(run["ratio"], run["score"], run["parts"], run["align"])
     keep, weights = on.pruned(cut, run["seed"])
     small = on.decoder(keep, weights)
     before = on.loss(small)
-    adapters = on.fit(small, steps, run["seed"], LR)
+    adapters = on.fit(small, steps, run["seed"], LR, WARMUP)
     after = on.loss(small)
     bundle = AdapterBundle(LORA, "", {path: adapter.factors() for path, adapter in adapters.items()})
     recovered = on.loss_with(recover_factors(bundle, keep, on.spec))
