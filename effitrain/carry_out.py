@@ -164,6 +164,8 @@ def _train(
         timeline = job.decoder.streamer.engine.timeline() if job.decoder.streamer else []
     if pruner:
         pruner.write(base, AdapterConfig.of(recipe), folder.path / "model")
+        if recipe.quant == "nf4":
+            pruner.write(base, AdapterConfig.of(recipe), folder.path / "model-nf4", nf4=True)
     elif recipe.method in WEIGHTS:
         save_model(job, recipe, folder.path / "model", base)
     else:

@@ -1,11 +1,15 @@
 """LoRAPrune (Zhang et al. 2024): structured pruning while LoRA trains, guided by LoRA's own gradients.
 
-A weight's importance is |G (W0 + s B A)|, with the gradient of the whole weight estimated from those of the factors,
-G = dB A + B dA: the paper's estimate without the product of both gradients, which at its step size of 1 can outweigh
-the rest. A group's importance is summed over its rows or columns of a linear, brought to length 1 per linear, and added
-over linears. It is averaged over steps; masks on outputs grow by a cubic schedule; what they hide at last is removed.
+A weight's importance is |G (W0 + s B A)|, with the gradient G of the whole weight estimated from those of the factors.
+The paper's estimate is dB A + B dA = s (G A^T A + B B^T G). The first term mixes columns, the second rows, so for a
+group that is a set of columns the first is noise of the other groups, as large as what is sought. Here a group counts
+by the columns that read it, in down_proj or o_proj, what pruning takes from the sum, and G is B dA = s B B^T G, which
+keeps columns apart. On stories3M after 24 steps the half of the FFN channels so chosen, without training, leaves a loss
+of 3.01, the paper's choice 3.66, exact first-order Taylor 3.31 and Wanda 2.88.
 
-Groups are FFN channels and KV heads with their query heads: the published code cuts grouped heads in pieces.
+The importance is brought to length 1 per linear and averaged over steps; masks on outputs grow by a cubic schedule;
+what they hide at last is removed. Groups are FFN channels and KV heads with their query heads: the published code cuts
+grouped heads in pieces.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,17 +21,21 @@ from torch import Tensor, nn
 
 from effitrain.adapters.base import Adapter, AdapterConfig
 from effitrain.adapters.storage import AdapterBundle
+from effitrain.core.errors import InputError
 from effitrain.core.keep import KeepMap, LayerKeep
 from effitrain.core.spec import PRUNABLE, Axis, LayerSpec, ModelSpec, Widths
+from effitrain.io.nf4 import NF4Tensor
 from effitrain.model.decoder import Decoder
 from effitrain.model.load import Base
 from effitrain.model.walk import frozen
 from effitrain.pruning.cut import CutWeights, Source, write_cut
 from effitrain.pruning.groups import members, per_group
+from effitrain.quant.nf4 import quantize
 
-# The published schedule: nothing in the first tenth, where B is too small to tell, all in the last; every tenth step,
-# more often in runs too short for that.
-_BEGIN, _END, _EVERY, _TIMES = 0.1, 0.9, 10, 20
+# Shares of the run between which groups go, in at least so many cuts, at most so many steps apart. Published are 0.1
+# and 0.9; but what is cut late has few steps, at a low rate, to recover. Perplexity of stories3M after 120 steps: 12.45
+# with 0.9, 11.92 with 0.4. B must not be zero before the first cut; its size does not matter to the order.
+_BEGIN, _END, _TIMES, _EVERY = 0.05, 0.3, 20, 10
 _DECAY = 0.9
 
 
@@ -43,7 +51,7 @@ class LoRAPrune:
 
     def __init__(self, decoder: Decoder, adapters: Mapping[str, Adapter], widths: Sequence[Widths], steps: int):
         self.decoder, self.adapters, self.steps = decoder, adapters, steps
-        self.every = min(_EVERY, max(1, steps // _TIMES))
+        self.every = min(_EVERY, max(1, int((_END - _BEGIN) * steps / _TIMES)))
         self.masks: dict[tuple[int, Axis], Tensor] = {}
         self.scores: dict[tuple[int, Axis], Tensor] = {}
         self.removed: dict[tuple[int, Axis], int] = {}
@@ -53,6 +61,11 @@ class LoRAPrune:
                 (Axis.KV_HEADS, whole.kv_heads, kept.kv_heads),
             ):
                 if after < before:
+                    if not self._readers(layer, part):
+                        raise InputError(
+                            f"Nothing of layer {layer.index} that reads its {part} has an adapter to score them by.",
+                            next_step="Leave --lora-targets at all, or add down_proj and o_proj.",
+                        )
                     key = layer.index, part
                     self.masks[key] = torch.ones(before, device=decoder.device)
                     self.scores[key] = torch.zeros(before, device=decoder.device)
@@ -79,7 +92,7 @@ class LoRAPrune:
             return
         share = 1.0 if step == self.steps else removed_share(step / self.steps)
         for key, mask in self.masks.items():
-            count = round(self.removed[key] * share)  # rounded down, the only KV head to go would go at the very end
+            count = int(self.removed[key] * share)  # few KV heads go, and late, when the scores know most
             order = torch.argsort(torch.where(mask > 0, self.scores[key], -1.0), stable=True)
             mask[order[:count]] = 0
 
@@ -97,31 +110,39 @@ class LoRAPrune:
         ]
         return KeepMap.of(spec, layers, base, fingerprint)
 
-    def write(self, base: Base, config: AdapterConfig, target: Path) -> None:
+    def write(self, base: Base, config: AdapterConfig, target: Path, nf4: bool = False) -> None:
         """Remove what is masked, merge the adapters into what is left, and write it as a model folder.
 
         Args:
             base: the full-size model, with its files on disk.
             config: of the adapters.
             target: written complete or not at all; config.json, safetensors and keep.safetensors.
+            nf4: in NF4, as transformers with bitsandbytes saves it, in place of the dtype of ``base``.
         """
         source: Source = base.weights()  # type: ignore[assignment]
         keep = self.keep_map(base.name, source.fingerprint())
         pairs = {path: adapter.factors() for path, adapter in self.adapters.items()}
         factors = {path: (left.cpu(), right.cpu()) for path, (left, right) in pairs.items()}
         edit = merged(AdapterBundle(config, base.name, factors), keep, base.spec)
-        write_cut(target, CutWeights(source, base.spec, keep, edit), base.source.config, base.source.folder)
+        small = CutWeights(source, base.spec, keep, edit)
+
+        def in_nf4(matrix: Tensor) -> NF4Tensor:
+            return quantize(matrix.to(self.decoder.device))
+
+        write_cut(target, small, base.source.config, base.source.folder, quantize=in_nf4 if nf4 else None)
 
     def _importance(self, index: int, part: Axis) -> Tensor:
         total = torch.zeros_like(self.scores[index, part])
-        for member in members(self.decoder.spec.layers[index], part):
-            path = f"model.layers.{index}.{member.linear.name}"
-            if path in self.adapters:
-                weight = frozen(self.decoder.get_submodule(path)).dense(torch.float32)
-                channels = weight_importance(self.adapters[path], weight).sum(1 - member.dim)
-                groups = per_group(channels, len(total))
-                total += groups / groups.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        for path in self._readers(self.decoder.spec.layers[index], part):
+            weight = frozen(self.decoder.get_submodule(path)).dense(torch.float32)
+            groups = per_group(column_importance(self.adapters[path], weight), len(total))
+            total += groups / groups.norm().clamp_min(torch.finfo(torch.float32).tiny)
         return total
+
+    def _readers(self, layer: LayerSpec, part: Axis) -> list[str]:
+        """Paths of the linears with an adapter whose columns belong to ``part``."""
+        paths = [f"model.layers.{layer.index}.{m.linear.name}" for m in members(layer, part) if m.dim == 1]
+        return [path for path in paths if path in self.adapters]
 
     def _mask_outputs(self, layer: LayerSpec, part: Axis) -> None:
         """Multiply the outputs of the linears whose rows belong to ``part`` by its mask; columns need none."""
@@ -131,12 +152,11 @@ class LoRAPrune:
                 module.register_forward_hook(partial(_masked, self.masks[layer.index, part]))
 
 
-def weight_importance(adapter: Adapter, weight: Tensor) -> Tensor:
-    """|G (W0 + s B A)| [out, in] in float32 of a LoRA that has gradients; ``weight`` is W0."""
+def column_importance(adapter: Adapter, weight: Tensor) -> Tensor:
+    """Sum over rows of |B dA (W0 + s B A)|, float32 [in], of a LoRA that has gradients; ``weight`` is W0 [out, in]."""
     A, B = adapter.get_parameter("A"), adapter.get_parameter("B")
-    assert A.grad is not None and B.grad is not None
-    gradient = B.grad.float() @ A.float() + B.float() @ A.grad.float()
-    return gradient.mul_(weight + adapter.delta_weight()).abs_()
+    assert A.grad is not None
+    return (B.float() @ A.grad.float()).mul_(weight + adapter.delta_weight()).abs_().sum(0)
 
 
 def removed_share(done: float) -> float:

@@ -2,23 +2,24 @@
 
 stories3M on TinyStories, its own text: half of the FFN channels and one of two KV heads of the inner layers go, by
 LoRAPrune during LoRA training, or at once by magnitude, Wanda or Taylor followed by LoRA training for as many steps.
-Every method is given its best learning rate of the same grid.
+Every method has its best learning rate of the same grid, found with the first seed. What the output folder holds
+already is not measured again, so an interrupted study goes on.
 
-    EFFITRAIN_DATA=DIR python scripts/study_loraprune.py -o docs            about half an hour on two idle cores
-    EFFITRAIN_DATA=DIR python scripts/study_loraprune.py -o OUT --quick     two minutes: one seed and rate, few steps
+    EFFITRAIN_DATA=DIR python scripts/study_loraprune.py -o docs            10 minutes on two idle cores, for -o NEW
+    EFFITRAIN_DATA=DIR python scripts/study_loraprune.py -o docs --curve    other ratios too, with one seed
+    EFFITRAIN_DATA=DIR python scripts/study_loraprune.py -o OUT --quick     a minute: one seed and rate, few steps
 """
 
 import argparse
-import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-import torch
 from study.bench import EXEMPT, Bench, Cut, stories
+from study.record import Figures, Record, Run, put_between_marks
 
 from effitrain.adapters.base import Adapter
 from effitrain.core.cut import cut_widths
@@ -26,99 +27,122 @@ from effitrain.model.decoder import Decoder
 from effitrain.pruning.loraprune import LoRAPrune
 from effitrain.train.hooks import Calls
 
-METHODS = ["loraprune", "magnitude", "wanda", "taylor"]
+METHODS = ["loraprune", "wanda", "magnitude", "taylor"]
 PARTS = "ffn+kv"
-RATES = [1e-3, 3e-3, 6e-3]
-RATIOS = [0.5, 0.2, 0.3, 0.4, 0.6, 0.7]
+RATES = [3e-3, 4.5e-3, 6e-3]
+RATIO, RATIOS, SEEDS = 0.5, [0.2, 0.3, 0.4, 0.6, 0.7], 3
+ROWS, LENGTH, WARMUP = 8, 128, 0.03
 
 
 def main() -> None:
-    """Run the grid and write JSON after every run, then table and plot."""
+    """Measure what is not known yet, then write table and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ratios", type=int, default=len(RATIOS), help="the first ratios only")
-    parser.add_argument("--rates", type=int, default=len(RATES), help="the first learning rates only")
+    parser.add_argument("--curve", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--workers", type=int, default=2)
     asked = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    data = Path(os.environ["EFFITRAIN_DATA"])
-    bench = Bench(data / "models/stories3M", stories(data, "train"), stories(data, "valid"), 25 if asked.quick else 100)
-    steps, seeds = (4, 1) if asked.quick else (asked.steps, asked.seeds)
-    ratios, rates = (RATIOS[:1], RATES[1:2]) if asked.quick else (RATIOS[: asked.ratios], RATES[: asked.rates])
-    study: dict[str, Any] = {"model": "stories3M", "text": "TinyStories", "steps": steps, "runs": []}
-    study["base"] = math.exp(bench.loss(bench.decoder()))
-    print(f"unpruned: perplexity {study['base']:.3f}", flush=True)
-    asked.output.mkdir(parents=True, exist_ok=True)
-    for seed in range(seeds):
-        for ratio in ratios:
-            for method in METHODS:
-                for rate in rates if ratio == RATIOS[0] else best_rate(study["runs"], method):
-                    loss = measure(bench, method, ratio, steps, seed, rate)
-                    run = {"method": method, "ratio": ratio, "seed": seed, "lr": rate, "perplexity": math.exp(loss)}
-                    study["runs"].append(run)
-                    (asked.output / "study_loraprune.json").write_text(json.dumps(study, indent=1) + "\n")
-                    print(run, flush=True)
-    print(table(study["runs"]))
-    plot(study["runs"], study["base"], asked.output / "study_loraprune.png")
+    steps, test_rows = (12, 25) if asked.quick else (240, 100)
+    facts = {"model": "stories3M", "text": "TinyStories", "steps": steps, "tokens_a_step": ROWS * LENGTH}
+    measured = partial(measure, Path(os.environ["EFFITRAIN_DATA"]), steps, test_rows)
+    record = Record(asked.output / "study_loraprune.json", facts, asked.workers, measured)
+    record.complete([{"method": "none", "ratio": 0.0}])
+    grid = [pruned(method, lr=rate) for rate in (RATES[1:2] if asked.quick else RATES) for method in METHODS]
+    best = best_rates(record.complete(grid))
+    if not asked.quick:
+        record.complete([pruned(m, seed=seed, lr=best[m]) for seed in range(1, SEEDS) for m in METHODS])
+    if asked.curve:
+        record.complete([pruned(m, ratio=ratio, lr=best[m]) for ratio in RATIOS for m in METHODS])
+    print(table(record.runs))
+    if (asked.output / "pruning.md").exists():
+        put_between_marks(asked.output / "pruning.md", "study_loraprune", table(record.runs))
+    plot(record.runs, asked.output / "study_loraprune.png")
 
 
-def measure(bench: Bench, method: str, ratio: float, steps: int, seed: int, rate: float) -> float:
-    """Validation loss of the small model."""
-    if method != "loraprune":
-        keep, weights = bench.pruned(Cut(ratio, method, PARTS), seed)
-        small = bench.decoder(keep, weights)
-        bench.fit(small, steps, seed, rate)
-        return bench.loss(small)
-    widths = cut_widths(bench.spec, ratio, PARTS, EXEMPT, multiple=1)
-
-    def hook(decoder: Decoder, adapters: Mapping[str, Adapter]) -> Calls:
-        pruner = LoRAPrune(decoder, adapters, widths, steps)
-        return Calls(pruner.after_backward, pruner.after_step)
-
-    masked = bench.decoder()
-    bench.fit(masked, steps, seed, rate, [hook])
-    return bench.loss(masked)
+def pruned(method: str, ratio: float = RATIO, seed: int = 0, lr: float = RATES[0]) -> Run:
+    """A run of a method."""
+    return {"method": method, "ratio": ratio, "seed": seed, "lr": lr}
 
 
-def best_rate(runs: list[Mapping[str, Any]], method: str) -> list[float]:
-    """The rate of the lowest mean perplexity at the first ratio."""
-    at: dict[float, list[float]] = {}
+@cache
+def bench(data: Path, test_rows: int) -> Bench:
+    """What a worker needs, made once."""
+    train, valid = stories(data, "train"), stories(data, "valid")
+    return Bench(data / "models/stories3M", train, valid, test_rows, ROWS, LENGTH)
+
+
+def measure(data: Path, steps: int, test_rows: int, run: Run) -> Figures:
+    """Validation perplexity of the small model, and which KV heads the inner layers keep."""
+    on = bench(data, test_rows)
+    if run["method"] == "none":
+        return {"perplexity": math.exp(on.loss(on.decoder()))}
+    made: list[LoRAPrune] = []
+    if run["method"] == "loraprune":
+        widths = cut_widths(on.spec, run["ratio"], PARTS, EXEMPT, multiple=1)
+
+        def hook(decoder: Decoder, adapters: Mapping[str, Adapter]) -> Calls:
+            made.append(LoRAPrune(decoder, adapters, widths, steps))
+            return Calls(made[0].after_backward, made[0].after_step)
+
+        small = on.decoder()
+        on.fit(small, steps, run["seed"], run["lr"], WARMUP, [hook])
+        keep = made[0].keep_map("", "")
+    else:
+        keep, weights = on.pruned(Cut(run["ratio"], run["method"], PARTS), run["seed"])
+        small = on.decoder(keep, weights)
+        on.fit(small, steps, run["seed"], run["lr"], WARMUP)
+    heads = [layer.kv_heads for layer in keep.layers[EXEMPT[0] : -EXEMPT[1]]]
+    return {"perplexity": math.exp(on.loss(small)), "kv_heads": heads}
+
+
+def best_rates(runs: Sequence[Run]) -> dict[str, float]:
+    """By method, the rate of the lowest perplexity at the first ratio with the first seed."""
+    found = {}
+    for method in METHODS:
+        tried = [run for run in runs if run["method"] == method and (run["ratio"], run["seed"]) == (RATIO, 0)]
+        found[method] = min(tried, key=lambda run: run["perplexity"])["lr"]
+    return found
+
+
+def at_best(runs: Sequence[Run]) -> dict[tuple[float, str], list[Run]]:
+    """The runs of each ratio and method at its best rate."""
+    best, found = best_rates(runs), {}
     for run in runs:
-        if run["method"] == method and run["ratio"] == RATIOS[0]:
-            at.setdefault(run["lr"], []).append(run["perplexity"])
-    return [min(at, key=lambda rate: mean(at[rate]))]
+        if best.get(run["method"]) == run.get("lr"):
+            found.setdefault((run["ratio"], run["method"]), []).append(run)
+    return found
 
 
-def table(runs: list[Mapping[str, Any]]) -> str:
-    """Mean perplexity by ratio and method, each at its best rate, as Markdown."""
+def table(runs: Sequence[Run]) -> str:
+    """Mean perplexity by ratio and method, as Markdown."""
     lines = ["| ratio | method | lr | perplexity | spread | seeds |", "|---|---|---|---|---|---|"]
-    for ratio in sorted({run["ratio"] for run in runs}):
-        for method in METHODS:
-            (rate,) = best_rate(runs, method)
-            found = [r["perplexity"] for r in runs if (r["ratio"], r["method"], r["lr"]) == (ratio, method, rate)]
-            if found:
-                spread = f"{min(found):.3f} to {max(found):.3f}"
-                lines.append(f"| {ratio} | {method} | {rate:g} | {mean(found):.3f} | {spread} | {len(found)} |")
+    order = [(ratio, method) for ratio in sorted([RATIO, *RATIOS]) for method in METHODS]
+    known = at_best(runs)
+    for ratio, method in order:
+        if found := known.get((ratio, method)):
+            values = [run["perplexity"] for run in found]
+            spread = f"{min(values):.2f} to {max(values):.2f}"
+            rate = f"{found[0]['lr']:g}"
+            lines.append(f"| {ratio} | {method} | {rate} | {mean(values):.2f} | {spread} | {len(values)} |")
     return "\n".join(lines)
 
 
-def plot(runs: list[Mapping[str, Any]], base: float, path: Path) -> None:
+def plot(runs: Sequence[Run], path: Path) -> None:
     """Perplexity against ratio."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    base = next(run["perplexity"] for run in runs if run["method"] == "none")
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for method in METHODS:
-        (rate,) = best_rate(runs, method)
-        points: dict[float, list[float]] = {}
-        for run in runs:
-            if (run["method"], run["lr"]) == (method, rate):
-                points.setdefault(run["ratio"], []).append(run["perplexity"])
-        axes.plot(sorted(points), [mean(points[ratio]) for ratio in sorted(points)], "o-", label=method)
+        points = [
+            (ratio, mean(run["perplexity"] for run in found))
+            for (ratio, name), found in sorted(at_best(runs).items())
+            if name == method
+        ]
+        axes.plot(*zip(*points, strict=True), "o-", label=method)
     axes.axhline(base, color="grey", linestyle=":", label="unpruned")
     axes.set(xlabel="share of the prunable parts that is gone", ylabel="validation perplexity")
     axes.legend()

@@ -32,7 +32,6 @@ from effitrain.train.loop import Course, train
 from effitrain.train.optim import make_optimizer
 from effitrain.train.state import TrainState
 
-LENGTH, ROWS = 256, 16
 LORA = AdapterConfig(r=8, alpha=16)
 CPU = torch.device("cpu")
 EXEMPT = (1, 1)
@@ -53,12 +52,16 @@ class Bench:
 
     Args:
         model: its folder.
-        train_texts: joined and cut into rows of 256 tokens; every token is trained.
+        train_texts: joined and cut into rows; every token is trained.
         test_texts: likewise.
         test_rows: how many of those are scored.
+        rows, length: of a training step, and tokens of each.
     """
 
-    def __init__(self, model: Path, train_texts: Iterable[str], test_texts: Iterable[str], test_rows: int):
+    def __init__(
+        self, model: Path, train_texts: Iterable[str], test_texts: Iterable[str], test_rows: int, rows: int, length: int
+    ):
+        self.rows, self.length = rows, length
         self.base = find_base(str(model)).fetched()
         self.spec, self.weights = self.base.spec, self.base.weights()
         self.tokenizer = self.base.tokenizer()
@@ -81,20 +84,22 @@ class Bench:
         aligner = Aligner(self._walk(None, self.weights), self._walk(keep, cut), keep, self._calibration)
         return keep, CutWeights(self.weights, self.spec, keep, aligner)
 
-    def fit(self, decoder: Decoder, steps: int, seed: int, lr: float, hooks: Sequence[Any] = ()) -> dict[str, Adapter]:
-        """Train a LoRA on ``decoder``, 16 rows a step; a hook is made from (decoder, adapters)."""
+    def fit(
+        self, decoder: Decoder, steps: int, seed: int, lr: float, warmup: float, hooks: Sequence[Any] = ()
+    ) -> dict[str, Adapter]:
+        """Train a LoRA on ``decoder``; ``warmup`` is a share of the steps, a hook is made from (decoder, adapters)."""
         adapters = attach(decoder, LORA, Clock(seed))
         parameters = [p for p in decoder.parameters() if p.requires_grad]
         optimizer = make_optimizer("adamw", parameters, lr, 0.0)
-        batches = Batches(self.train_set, ROWS, LENGTH, False, seed)
-        course = Course(steps, steps, 1, lr, "cosine", warmup=1 / 6)
+        batches = Batches(self.train_set, self.rows, self.length, False, seed)
+        course = Course(steps, steps, 1, lr, "cosine", warmup)
         made: list[Hook] = [make(decoder, adapters) for make in hooks]
         train(decoder, batches, optimizer, course, TrainState(), Clock(seed), made)
         return adapters
 
     def loss(self, decoder: Decoder) -> float:
         """On the test rows."""
-        return evaluate_loss(decoder, Batches(self.test_set, 25, LENGTH, False, 0)).loss
+        return evaluate_loss(decoder, Batches(self.test_set, 25, self.length, False, 0)).loss
 
     def loss_with(self, factors: dict[str, Any]) -> float:
         """Of the full-size model with an adapter."""
@@ -104,8 +109,8 @@ class Bench:
 
     @cached_property
     def _calibration(self) -> list[Any]:
-        """64 rows, 16,384 tokens."""
-        batches = Batches(self.train_set, 8, LENGTH, False, 7)
+        """64 rows."""
+        batches = Batches(self.train_set, 8, self.length, False, 7)
         return [batches.get(index) for index in range(8)]
 
     def _empty(self, keep: KeepMap | None) -> Decoder:
@@ -117,9 +122,9 @@ class Bench:
 
     def _rows(self, texts: Iterable[str], rows: int | None) -> TokenSet:
         ids = [token for text in texts for token in self.tokenizer(text, verbose=False)["input_ids"]]
-        count = len(ids) // LENGTH if rows is None else min(rows, len(ids) // LENGTH)
-        array = np.array(ids[: count * LENGTH], dtype=np.int32)
-        return TokenSet(array, array.copy(), np.arange(0, count * LENGTH + 1, LENGTH))
+        count = len(ids) // self.length if rows is None else min(rows, len(ids) // self.length)
+        array = np.array(ids[: count * self.length], dtype=np.int32)
+        return TokenSet(array, array.copy(), np.arange(0, count * self.length + 1, self.length))
 
 
 def gsm8k(data: Path, part: str) -> list[str]:

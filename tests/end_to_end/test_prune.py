@@ -180,10 +180,16 @@ def test_loraprune_leaves_a_small_model_that_is_used_like_any_other(pruned_while
     assert report["adapter"] is None and not (out / "adapter").exists()
     assert report["prune"]["small_after"] == report["loss"]["eval_after"] < report["loss"]["eval_before"]
     assert read(out / "model/config.json")["effitrain_widths"] == {"ffn": [112, 56, 56, 112], "kv_heads": [2, 1, 1, 2]}
-    answer = effitrain("eval", "--model", out / "model", "--dataset", counting, "--max-seq-len", 96, "--json")
-    assert answer.code == 0 and math.isfinite(json.loads(answer.out)["loss"])
-    answer = effitrain("chat", "--model", out / "model", "--prompt", "Count", "--max-new-tokens", 3)
-    assert answer.code == 0, answer.err
+    asked = ["--dataset", counting, "--max-seq-len", 96, "--dtype", "fp32", "--json"]
+    found = {}
+    for folder, quant in (("model", "nf4"), ("model-nf4", "nf4"), ("model", "none")):
+        answer = effitrain("eval", "--model", out / folder, "--quant", quant, *asked)
+        assert answer.code == 0, answer.err
+        found[folder, quant] = json.loads(answer.out)["loss"]
+    assert found["model-nf4", "nf4"] == found["model", "nf4"] != found["model", "none"]
+    for folder in ("model", "model-nf4"):
+        answer = effitrain("chat", "--model", out / folder, "--prompt", "Count", "--max-new-tokens", 3)
+        assert answer.code == 0, answer.err
 
 
 def test_loraprune_goes_on_from_a_checkpoint_as_if_nothing_had_happened(pruned_while_training, effitrain, tmp_path):
