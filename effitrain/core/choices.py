@@ -91,6 +91,13 @@ def compute_dtype(recipe: Recipe, budget: MemoryBudget) -> Dtype:
     return budget.half if budget.device == "cuda" else "fp32"
 
 
+def group_of(recipe: Recipe, length: int) -> int | None:
+    """Tokens of a group of shifted sparse attention: the recipe's, else a quarter of the length, even (LongLoRA)."""
+    if recipe.attention != "s2":
+        return None
+    return recipe.s2_group or max(2, length // 8 * 2)
+
+
 def _choice(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> Choice:
     speed = tokens_per_second(spec, recipe, settings, budget.rates)
     return Choice(spec, settings, make_ledger(spec, recipe, settings, budget), speed)
@@ -132,6 +139,7 @@ def _most(limit: int, room: Callable[[int], int]) -> int:
 
 def _candidates(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: Weights) -> Iterator[Settings]:
     length = sequence_length(spec, recipe)
+    group = group_of(recipe, length)
     for recompute, offload in _kept(recipe, weights):
         for batch_size in _batch_sizes(recipe, length, budget.device):
             accum = recipe.grad_accum or max(1, round(SAMPLES_PER_STEP / batch_size))
@@ -148,6 +156,7 @@ def _candidates(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: 
                     streamed=spec.num_layers if weights == "streamed" else 0,
                     by_layer=by_layer,
                     mlp_tiles=recipe.mlp_tiles or 1,
+                    s2_group=group,
                 )
 
 

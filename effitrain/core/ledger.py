@@ -25,7 +25,8 @@ class Settings:
     ``recompute``: what is computed again in the backward pass; ``offload``: layer inputs wait for it on the host.
     ``streamed``: layers whose frozen weights visit the device; ``on_disk``: how many of them are read from the disk;
     ``by_layer``: all micro-batches of a step pass a layer before the next one is fetched; ``mlp_tiles``: parts of a
-    micro-batch that norms and MLPs take one by one.
+    micro-batch that norms and MLPs take one by one; ``s2_group``: tokens of a group of shifted sparse attention, None
+    for full attention.
     """
 
     max_seq_len: int
@@ -40,6 +41,7 @@ class Settings:
     on_disk: int = 0
     by_layer: bool = False
     mlp_tiles: int = 1
+    s2_group: int | None = None
 
     @property
     def tokens(self) -> int:
