@@ -13,9 +13,9 @@ import torch
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import Clock, check_method
-from effitrain.adapters.full import EMBEDDING, load_in_full
+from effitrain.adapters.full import check_kept, load_in_full
 from effitrain.adapters.merge import check_fits, merge
-from effitrain.adapters.storage import AdapterBundle, adapter_folder, load_into, read_adapter, save_adapter
+from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.carry_out import aligning_run, cap, carry_out, placement_of
 from effitrain.core.budget import CUDA_SLACK_BYTES, MemoryBudget
 from effitrain.core.choices import compute_dtype, sequence_length
@@ -24,7 +24,7 @@ from effitrain.core.errors import InputError
 from effitrain.core.generation import texts_at_once
 from effitrain.core.methods import WEIGHTS
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
-from effitrain.core.positions import same_positions, with_positions_of
+from effitrain.core.positions import with_positions_of
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
 from effitrain.core.report import Report
 from effitrain.core.spec import ModelSpec, spec_from_config
@@ -41,7 +41,7 @@ from effitrain.io.hub import fetch_weights, find_model
 from effitrain.io.keep import read_keep
 from effitrain.io.machine import find_budget
 from effitrain.io.model_folder import read_config
-from effitrain.io.run_folder import RunFolder, open_run, positions_beside
+from effitrain.io.run_folder import RunFolder, check_positions, open_run, positions_beside
 from effitrain.model.decoder import Decoder
 from effitrain.model.load import Base, find_base, load_model
 from effitrain.planning import at_positions, plan, recipe
@@ -330,28 +330,10 @@ def _check_starting_points(recipe: Recipe, base: Base) -> None:
         bundle = read_adapter(adapter_folder(recipe.init_adapter))
         if recipe.prune_ranking == "local":  # else the scores decide what fits
             check_fits(base.spec if recipe.prune_ratio is None else small_spec(base.spec, recipe), bundle)
-        _check_goes_on(recipe, base, bundle)
+        check_kept(bundle.full, recipe)
+        check_positions(recipe.init_adapter, base.source.config)
     if recipe.resume not in ("auto", "never"):
         check_checkpoint(Path(recipe.resume))
-
-
-def _check_goes_on(recipe: Recipe, base: Base, bundle: AdapterBundle) -> None:
-    """Refuse to go on from an adapter where a part of it would be lost."""
-    parts = {"--train-embeddings" if name == EMBEDDING else "--train-norms" for name in bundle.full}
-    trained = {"--train-norms": recipe.train_norms, "--train-embeddings": recipe.train_embeddings}
-    lost = sorted(part for part in parts if not trained[part])
-    positions = positions_beside(str(recipe.init_adapter)) or {}
-    if lost:
-        raise InputError(
-            f"{recipe.init_adapter} holds more than an adapter, which this run would lose.",
-            "It was trained with " + " and ".join(sorted(parts)) + ".",
-            f"Add {' and '.join(lost)}.",
-        )
-    if positions and not same_positions(positions, base.source.config):
-        raise InputError(
-            f"{recipe.init_adapter} was trained with other positions than this run has.",
-            next_step="Repeat its --max-seq-len, --rope-scaling and --rope-factor.",
-        )
 
 
 def _check_can_run(the_plan: Plan) -> None:

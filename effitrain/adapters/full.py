@@ -4,13 +4,14 @@ They are float32 parameters that are cast where they are used: steps at small ra
 are saved with the adapter under their own names, as peft's ``modules_to_save``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from effitrain.core.errors import InputError
+from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 from effitrain.model.decoder import Decoder
 from effitrain.model.embedding import Embedding, RowTable
@@ -56,6 +57,24 @@ def load_in_full(decoder: Decoder, tensors: Mapping[str, Tensor]) -> None:
             decoder.get_submodule(name.removesuffix(".weight")).weight = frozen
 
 
+def check_kept(names: Iterable[str], recipe: Recipe) -> None:
+    """Refuse a run that goes on from an adapter beside which these were trained, and does not train them: it would lose
+    them.
+
+    Raises:
+        InputError: names the flags that are missing.
+    """
+    trained = {"--train-norms": recipe.train_norms, "--train-embeddings": recipe.train_embeddings}
+    parts = sorted({"--train-embeddings" if name == EMBEDDING else "--train-norms" for name in names})
+    lost = [part for part in parts if not trained[part]]
+    if lost:
+        raise InputError(
+            f"{recipe.init_adapter} holds more than an adapter, which this run would lose.",
+            f"It was trained with {' and '.join(parts)}.",
+            f"Add {' and '.join(lost)}.",
+        )
+
+
 def check_full(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors of another model.
 
@@ -67,6 +86,7 @@ def check_full(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
             raise InputError(
                 f"The adapter holds {name} of shape {tuple(tensor.shape)}; {spec.name} has {wanted or 'no such'}.",
                 "It was trained on another model.",
+                "Name that one with --model.",
             )
 
 

@@ -94,11 +94,8 @@ def saved_bytes(layer: LayerSpec, spec: ModelSpec, recipe: Recipe, c: int, train
     keeps = trained or recipe.method not in WEIGHTS
     on = {linear.leaf for linear in layer.linears if keeps and adapted(linear, recipe)}
     queries, keys = rows["q_proj"], rows["k_proj"]
-    norms = 2 * (4 * spec.hidden + 4) + (saved_by_norms(layer, spec, c) if trained else 0)
+    norms = 2 * (4 * spec.hidden + 4) + (saved_by_norms(layer, spec, c) if trained or recipe.train_norms else 0)
     qk_norms = 4 * (queries + keys + (queries + keys) // spec.head_dim) if spec.qk_norm else 0
-    if recipe.train_norms:
-        norms += 2 * spec.hidden * c
-        qk_norms += (queries + keys) * c if spec.qk_norm else 0
     attention = 2 * (queries + keys) * c + 4 * (queries // spec.head_dim)
     attention += queries * c if recipe.attention == "s2" and "o_proj" in on else 0
     product = "down_proj" in on and not recipe.lora_dropout

@@ -2,11 +2,13 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from effitrain.core.errors import InputError
+from effitrain.core.positions import same_positions
 from effitrain.core.recipe import Recipe
 from effitrain.io.atomic import write_json
 from effitrain.io.model_folder import read_config
@@ -109,6 +111,20 @@ def positions_beside(adapter: str) -> dict[str, Any] | None:
         if whose and (folder / "config.json").is_file():
             return read_config(folder)
     return None
+
+
+def check_positions(adapter: str, config: Mapping[str, Any]) -> None:
+    """Refuse to go on from an adapter that was trained with scaled positions other than those of ``config``.
+
+    Raises:
+        InputError: they differ.
+    """
+    positions = positions_beside(adapter)
+    if positions and not same_positions(positions, config):
+        raise InputError(
+            f"{adapter} was trained with other positions than this run has.",
+            next_step="Repeat its --max-seq-len, --rope-scaling and --rope-factor.",
+        )
 
 
 def _read_notes(path: Path) -> dict[str, Any]:
