@@ -13,6 +13,7 @@ import torch
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import Clock, check_method
+from effitrain.adapters.full import check_kept, load_in_full
 from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.storage import AdapterBundle, adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.carry_out import aligning_run, cap, carry_out, placement_of
@@ -24,6 +25,7 @@ from effitrain.core.generation import texts_at_once
 from effitrain.core.ledger import Work
 from effitrain.core.methods import WEIGHTS
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
+from effitrain.core.positions import with_positions_of
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
 from effitrain.core.report import Report
 from effitrain.core.spec import ModelSpec, spec_from_config
@@ -39,10 +41,11 @@ from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.hub import fetch_weights, find_model
 from effitrain.io.keep import read_keep
 from effitrain.io.machine import find_budget
-from effitrain.io.run_folder import RunFolder, open_run
+from effitrain.io.model_folder import read_config
+from effitrain.io.run_folder import RunFolder, check_positions, open_run, positions_beside
 from effitrain.model.decoder import Decoder
 from effitrain.model.load import Base, find_base, load_model
-from effitrain.planning import plan, recipe
+from effitrain.planning import at_positions, plan, recipe
 from effitrain.pruning.calibration import calibrate
 from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import make_small
@@ -59,9 +62,9 @@ __all__ = ["Events", "chat", "evaluate", "export", "plan", "prove", "prune", "re
 def prove(recipe: Recipe) -> Plan:
     """The plan of ``recipe`` with its ``proof``: the real training step run on shapes alone, every tensor counted."""
     made = plan(recipe)
-    source = find_model(recipe.model)
-    spec = spec_from_config(source.config, recipe.model)
-    return proved(made, spec, source.config, recipe, "cuda" if made.overhead_bytes else "cpu")
+    recipe, config = at_positions(recipe, find_model(recipe.model).config)
+    spec = spec_from_config(config, recipe.model)
+    return proved(made, spec, config, recipe, "cuda" if made.overhead_bytes else "cpu")
 
 
 def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, prove_plan: bool = False) -> Report | None:
@@ -91,8 +94,9 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
         events.note("No --dataset: training on the built-in instruction set.")
     check_data(recipe)
     base = find_base(recipe.model, recipe.weights)
+    asked, (recipe, config) = recipe, at_positions(_as_before(recipe, folder), base.source.config)
+    base = base.at_positions(config)
     _check_starting_points(recipe, base)
-    asked, recipe = recipe, _as_before(recipe, folder)
     budget = _measured(find_budget(recipe))
     the_plan = make_plan(base.spec, recipe, budget)
     if prove_plan and the_plan.fits:
@@ -175,11 +179,16 @@ def export(
     bundle = read_adapter(adapter_folder(adapter))
     base = find_base(recipe.model)
     check_fits(base.spec, bundle)
+    positions = positions_beside(adapter)
     if to == "merged":
         folder = fetch_weights(base.source)
-        merge(folder, open_checkpoint(folder), bundle, path, progress=progress)
+        config = read_config(folder)
+        config = with_positions_of(positions, config) if positions else config
+        merge(folder, open_checkpoint(folder), bundle, path, config, progress=progress)
     else:
-        save_adapter(path, bundle.tensors, bundle.config, base.name)
+        save_adapter(path, bundle.tensors, bundle.config, base.name, full=bundle.full)
+        if positions:
+            write_json(path / "config.json", positions)
     return path
 
 
@@ -269,7 +278,8 @@ class Ready:
 def _ready(recipe: Recipe, adapter: str | None, work: Work, lengths: Sequence[int] = ()) -> Ready:
     """Load a model, planned for its data and for prompts of ``lengths`` tokens."""
     bundle = read_adapter(adapter_folder(adapter)) if adapter else None
-    base = find_base(recipe.model, recipe.weights)
+    base = _as_trained(find_base(recipe.model, recipe.weights), recipe, adapter)
+    recipe = recipe.changed(attention="full", s2_group=None, train_norms=False, train_embeddings=False)
     check_lengths(base.spec, lengths)
     length = max(sequence_length(base.spec, recipe), *lengths, 0)
     recipe = recipe.changed(max_seq_len=length, **_adapter_fields(bundle))
@@ -284,6 +294,7 @@ def _ready(recipe: Recipe, adapter: str | None, work: Work, lengths: Sequence[in
     decoder.set_tile(tile_of(recipe))
     if bundle:
         load_into(attach(decoder, bundle.config, Clock()), bundle, str(adapter))
+        load_in_full(decoder, bundle.full)
     return Ready(base, decoder, recipe, the_plan, budget)
 
 
@@ -313,6 +324,16 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
     return {"loss": evaluation.loss, "perplexity": evaluation.perplexity, "tokens": evaluation.tokens}
 
 
+def _as_trained(base: Base, recipe: Recipe, adapter: str | None) -> Base:
+    """``base`` with the positions that the adapter was trained with, else those that ``recipe`` names: a model is never
+    stretched unasked.
+    """
+    positions = positions_beside(adapter) if adapter else None
+    if positions is None and recipe.rope_scaling != "auto":
+        positions = at_positions(recipe, base.source.config)[1]
+    return base.at_positions(positions) if positions else base
+
+
 def _check_starting_points(recipe: Recipe, base: Base) -> None:
     """An adapter or checkpoint to go on from is looked at before anything large is fetched."""
     if recipe.method in WEIGHTS and "quantization_config" in base.source.config:
@@ -324,6 +345,8 @@ def _check_starting_points(recipe: Recipe, base: Base) -> None:
         bundle = read_adapter(adapter_folder(recipe.init_adapter))
         if recipe.prune_ranking == "local":  # else the scores decide what fits
             check_fits(base.spec if recipe.prune_ratio is None else small_spec(base.spec, recipe), bundle)
+        check_kept(bundle.full, recipe)
+        check_positions(recipe.init_adapter, base.source.config)
     if recipe.resume not in ("auto", "never"):
         check_checkpoint(Path(recipe.resume))
 

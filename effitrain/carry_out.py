@@ -26,7 +26,7 @@ from effitrain.evals.events import Events
 from effitrain.evals.positions import ByPosition
 from effitrain.evals.recovered import compare, facts
 from effitrain.evals.scores import Scores
-from effitrain.io.atomic import remove_stale
+from effitrain.io.atomic import remove_stale, write_json
 from effitrain.io.keep import KEEP, write_keep
 from effitrain.io.run_folder import RunFolder, open_run
 from effitrain.model.decoder import Decoder
@@ -35,7 +35,7 @@ from effitrain.pruning.calibration import calibrate
 from effitrain.pruning.loraprune import LoRAPrune
 from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import Small, Training, make_small
-from effitrain.report.files import stream_figures, write_report
+from effitrain.report.files import rope_figures, stream_figures, write_report
 from effitrain.stream.engine import Span, Traffic
 from effitrain.train.hooks import (
     Calls,
@@ -72,6 +72,8 @@ def _carry_out(
     recipe: Recipe, folder: RunFolder, the_plan: Plan, budget: MemoryBudget, base: Base, events: Events
 ) -> Report:
     remove_stale(folder.path)
+    if recipe.rope_scaling != "none":
+        write_json(folder.path / "config.json", dict(base.source.config))
     pruning = recipe.prune_method if the_plan.fit == "prune" else None
     base = base.to_stream() if the_plan.settings.streamed and not pruning else base.fetched()
     if base.remote:
@@ -86,7 +88,7 @@ def _carry_out(
     meter = Meter(device)
     cap(device, the_plan)
     small = _make_small(recipe, base, data, budget, folder, events) if pruning == "loram" else None
-    trained_on, adapter = (small.base, "adapter-small") if small else (base, "adapter")
+    trained_on, adapter = (small.base.at_positions(base.source.config), "adapter-small") if small else (base, "adapter")
     if small:
         events.note("Training on the small model: losses by step are its own.")
     trained = _train(recipe, the_plan, budget, meter, folder, trained_on, data, events, adapter)
@@ -99,7 +101,8 @@ def _carry_out(
         pruned = facts(recipe, points, [])
     positions = None if small else trained.positions  # of the full-size model alone
     seen = (data.stats, points, meter.peak(), trained.stream, trained.timeline, pruned, positions)
-    return write_report(folder.path, recipe, trained.plan, trained.state, *seen)
+    rope = rope_figures(recipe, base.spec, base.name, folder.path)
+    return write_report(folder.path, recipe, trained.plan, trained.state, *seen, rope)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """The part of the API that answers without torch: what is asked for, and what would fit."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from effitrain.core.methods import METHODS
 from effitrain.core.plan import Plan, make_plan
+from effitrain.core.positions import scaled_config, settled
 from effitrain.core.presets import find_preset
 from effitrain.core.recipe import Recipe, make_recipe
 from effitrain.core.spec import spec_from_config
@@ -33,6 +35,17 @@ def plan(recipe: Recipe) -> Plan:
         from effitrain.adapters.base import check_method
 
         check_method(recipe.method)
-    spec = spec_from_config(find_model(recipe.model).config, recipe.model)
+    recipe, config = at_positions(recipe, find_model(recipe.model).config)
+    spec = spec_from_config(config, recipe.model)
     named = recipe.gpu is not None or recipe.gpu_mem is not None
     return make_plan(spec, recipe, find_budget(recipe, assume_card=named))
+
+
+def at_positions(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """``recipe`` with its choice of scaled positions made, and the model's config.json with them.
+
+    Raises:
+        InputError: the model has positions of its own that would be replaced, or the factor does not reach.
+    """
+    recipe = settled(recipe, config, recipe.model)
+    return recipe, scaled_config(config, recipe)

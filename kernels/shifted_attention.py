@@ -4,7 +4,7 @@ Formula: the first half of the query heads attend causally within [0, G), [G, 2G
 within [0, G/2), [G/2, 3G/2), ...; a sample of at most G tokens attends to itself whole in all heads. Nothing is rolled:
 in the rolled form the first G/2 tokens of half the heads see the last G/2.
 
-Shapes: query [B, Hq, T, D], key and value [B, Hkv, T, D], out [B, T, Hq, D]; B is 1 where there are several samples.
+Shapes: query [B, Hq, T, D], key and value [B, Hkv, T, D], out [B, T, Hq, D]; B is 1 where a row holds several samples.
 This is thin: which tokens see each other is a matter of the segments alone, and attention within segments is flash
 attention with variable lengths where torch has it. It saves what that saves. For training; at inference attention is
 whole.
@@ -64,12 +64,16 @@ def shifted_attention(
         query: [B, Hq, T, D].
         key: [B, Hkv, T, D].
         value: as ``key``.
-        lengths: of the samples along T.
+        lengths: of the samples along T; T for each row where B is more than 1.
         group: G, tokens of a segment; even.
         attend: causal attention within segments of the given lengths, from tensors as these to [B, T, heads, D].
     """
+    rows = len(query)
+    if rows > 1:  # laid end to end they are samples of one row
+        query, key, value = (t.transpose(0, 1).flatten(1, 2)[None] for t in (query, key, value))
     outputs = [
         attend(query[:, heads], key[:, shared], value[:, shared], segments_of(lengths, group, shifted))
         for heads, shared, shifted in head_parts(query.shape[1], key.shape[1])
     ]
-    return torch.cat(outputs, 2)
+    out = torch.cat(outputs, 2)
+    return out.view(rows, -1, *out.shape[2:])

@@ -25,7 +25,8 @@ def recover_adapter(source: Path, keep: KeepMap, full: Base, target: Path) -> Ad
     """
     check_base(keep, full)
     bundle = read_adapter(source)
-    save_adapter(target, recover_factors(bundle, keep, full.spec), bundle.config, full.name, keep.fingerprint)
+    factors = recover_factors(bundle, keep, full.spec)
+    save_adapter(target, factors, bundle.config, full.name, keep.fingerprint, bundle.full)
     return read_adapter(target)
 
 

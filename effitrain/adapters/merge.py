@@ -3,13 +3,14 @@
 Merging into NF4 would throw most of a small update away; the result is always a full-precision model folder.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from effitrain.adapters.full import EMBEDDING, check_full
 from effitrain.adapters.storage import AdapterBundle
 from effitrain.core.errors import InputError
 from effitrain.core.spec import ModelSpec
@@ -37,6 +38,7 @@ def check_fits(spec: ModelSpec, bundle: AdapterBundle) -> None:
                 "It was trained on another model.",
                 f"Name the model it was trained on: {bundle.base_model}.",
             )
+    check_full(spec, bundle.full)
 
 
 def merge(
@@ -44,6 +46,7 @@ def merge(
     weights: Checkpoint,
     bundle: AdapterBundle,
     target: Path,
+    config: Mapping[str, Any],
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[str], None] = lambda name: None,
@@ -51,10 +54,11 @@ def merge(
     """Write ``weights`` plus the adapter's update to ``target`` as a complete model folder.
 
     Args:
-        source: the model folder, for config and tokenizer.
+        source: the model folder, for its tokenizer.
         weights: its tensors.
         bundle: the adapter, which ``check_fits``.
         target: written complete or not at all.
+        config: the config.json that it gets, with the positions that the adapter was trained with.
         dtype: of the merged tensors; the sum is formed in float32.
         shard_bytes: largest size of a file.
         progress: told each tensor's name.
@@ -69,19 +73,22 @@ def merge(
             "Merging into 4 bits would lose most of the update.",
             "Name the original 16-bit model with --model.",
         )
-    if "lm_head" in bundle.tensors and "lm_head.weight" not in names:
-        names.append("lm_head.weight")  # an adapted head is no longer the tied embedding
+    apart = "lm_head" in bundle.tensors or EMBEDDING in bundle.full  # the head is no longer the tied embedding
+    if apart and "lm_head.weight" not in names:
+        names.append("lm_head.weight")
     with atomic_folder(target) as tmp:
         layout = {name: (dtype, tuple(weights.shape(name))) for name in names}
         write_shards(tmp, layout, lambda name: _merged(weights, bundle, name, dtype, progress), shard_bytes)
         copy_companions(source, tmp)
-        _write_config(source, tmp, dtype, untie="lm_head" in bundle.tensors)
+        _write_config(config, tmp, dtype, untie=apart)
 
 
 def _merged(
     weights: Checkpoint, bundle: AdapterBundle, name: str, dtype: torch.dtype, progress: Callable[[str], None]
 ) -> Tensor:
     progress(name)
+    if name in bundle.full:
+        return bundle.full[name].to(dtype)
     tensor = weights.read(name)
     path = name.removesuffix(".weight")
     if path in bundle.tensors:
@@ -90,10 +97,9 @@ def _merged(
     return tensor.to(dtype)
 
 
-def _write_config(source: Path, target: Path, dtype: torch.dtype, untie: bool) -> None:
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+def _write_config(config: Mapping[str, Any], target: Path, dtype: torch.dtype, untie: bool) -> None:
+    kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+    kept["dtype"] = str(dtype).removeprefix("torch.")
     if untie:
-        config["tie_word_embeddings"] = False
-    write_json(target / "config.json", config)
+        kept["tie_word_embeddings"] = False
+    write_json(target / "config.json", kept)

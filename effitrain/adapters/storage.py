@@ -5,8 +5,8 @@ The scale of the update stays in ``adapter_config.json`` (alpha / r). Nothing he
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ class AdapterBundle:
         config: rank, alpha and targets.
         base_model: what its ``adapter_config.json`` names as the base model.
         tensors: B [out, r] and A [r, in] in float32 by module path.
+        full: norms and embedding that were trained in full, in float32 by their path.
     """
 
     config: AdapterConfig
     base_model: str
     tensors: Mapping[str, tuple[Tensor, Tensor]]
+    full: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def save_adapter(
@@ -47,6 +49,7 @@ def save_adapter(
     config: AdapterConfig,
     base_model: str,
     base_fingerprint: str | None = None,
+    full: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter to ``folder``, complete or not at all; one already there is replaced.
 
@@ -56,14 +59,16 @@ def save_adapter(
         config: rank and scale, the same for all.
         base_model: written down for whoever loads it.
         base_fingerprint: of the base's weights, in a file ``base.json`` where it is known.
+        full: what was trained in full beside it, by path; peft loads it by ``modules_to_save``.
     """
-    tensors: dict[str, Tensor] = {}
+    full = full or {}
+    tensors = {f"{_PREFIX}{path}": tensor.detach().float().cpu().contiguous() for path, tensor in full.items()}
     for path, (left, right) in factors.items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = right.float().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = left.float().cpu().contiguous()
     with atomic_folder(folder) as tmp:
         write_safetensors(tmp / WEIGHTS, tensors, {"format": "pt"})
-        write_json(tmp / CONFIG, _peft_config(list(factors), config, base_model))
+        write_json(tmp / CONFIG, _peft_config(list(factors), config, base_model, full))
         if base_fingerprint:  # peft warns of keys in its own file that it does not know
             write_json(tmp / BASE, {"name": base_model, "fingerprint": base_fingerprint})
 
@@ -93,14 +98,15 @@ def read_adapter(folder: Path) -> AdapterBundle:
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise InputError(f"The adapter in {folder} is damaged: {error}", next_step=_AGAIN) from None
     _refuse_unsupported(raw, folder)
-    pairs = _pairs(tensors, folder)
+    full = _full(tensors, raw.get("modules_to_save") or ())
+    pairs = _pairs({key: tensor for key, tensor in tensors.items() if _path(key) not in full}, folder)
     config = AdapterConfig(
         r=raw["r"],
         alpha=raw["lora_alpha"],
         targets=tuple(pairs),
         rslora=raw.get("use_rslora", False),
     )
-    return AdapterBundle(config, str(raw.get("base_model_name_or_path")), pairs)
+    return AdapterBundle(config, str(raw.get("base_model_name_or_path")), pairs, full)
 
 
 def load_into(adapters: Mapping[str, Adapter], bundle: AdapterBundle, source: str) -> None:
@@ -129,7 +135,7 @@ def load_into(adapters: Mapping[str, Adapter], bundle: AdapterBundle, source: st
         adapter.load_factors(B * (bundle.config.scaling / adapter.scaling), A)
 
 
-def _peft_config(paths: list[str], config: AdapterConfig, base_model: str) -> dict[str, Any]:
+def _peft_config(paths: list[str], config: AdapterConfig, base_model: str, full: Iterable[str]) -> dict[str, Any]:
     in_some_layers = any("." in target for target in config.targets or ())
     targets = paths if in_some_layers else sorted({path.rpartition(".")[2] for path in paths})
     return {
@@ -145,14 +151,14 @@ def _peft_config(paths: list[str], config: AdapterConfig, base_model: str) -> di
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": sorted({_leaf(path) for path in full}) or None,
     }
 
 
 def _refuse_unsupported(raw: dict[str, Any], folder: Path) -> None:
-    reasons = [
-        f"{key} is set" for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if raw.get(key)
-    ]
+    reasons = [f"{key} is set" for key in ("use_dora", "rank_pattern", "alpha_pattern") if raw.get(key)]
+    if others := [name for name in raw.get("modules_to_save") or () if name != "embed_tokens" and _not_norm(name)]:
+        reasons.append(f"modules_to_save names {', '.join(map(str, others))}")
     if raw.get("peft_type") != "LORA":
         reasons.append(f"peft_type is {raw.get('peft_type')}")
     if raw.get("bias", "none") != "none":
@@ -180,3 +186,22 @@ def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tenso
             next_step=_AGAIN,
         )
     return {path: (pair["B"], pair["A"]) for path, pair in sides.items()}
+
+
+def _full(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """The weights of the modules that ``names`` end, as peft matches them."""
+    found = {_path(key): tensor for key, tensor in tensors.items() if ".lora_" not in key}
+    return {path: t.to(torch.float32) for path, t in found.items() if path.removesuffix(".weight").endswith((*names,))}
+
+
+def _path(key: str) -> str:
+    return key.removeprefix(_PREFIX)
+
+
+def _leaf(path: str) -> str:
+    """The module that a weight's path names: ``norm`` of ``model.norm.weight``."""
+    return path.removesuffix(".weight").rpartition(".")[2]
+
+
+def _not_norm(name: object) -> bool:
+    return not (isinstance(name, str) and name.endswith("norm"))

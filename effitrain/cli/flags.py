@@ -49,6 +49,8 @@ def _unknown_flag(error: click.NoSuchOption) -> str:
     name = error.option_name.lstrip("-").removeprefix("no-").replace("-", "_")
     if feature := LATER.get(name):
         return f"{error.option_name} belongs to {feature}, which this version does not have yet."
+    if name in Recipe.model_fields:
+        return f"{error.option_name} is for `effitrain run` and `effitrain plan`; this verb has no use for it."
     own = [param.name for param in error.ctx.command.params if param.name] if error.ctx else []
     nearest = nearest_name(name, own)
     return f"No such flag: {error.option_name}." + (f" Did you mean --{nearest.replace('_', '-')}?" if nearest else "")

@@ -94,6 +94,13 @@ def compute_dtype(recipe: Recipe, budget: MemoryBudget) -> Dtype:
     return budget.half if budget.device == "cuda" else "fp32"
 
 
+def group_of(recipe: Recipe, length: int) -> int | None:
+    """Tokens of a group of shifted sparse attention: the recipe's, else a quarter of the length, even (LongLoRA)."""
+    if recipe.attention != "s2":
+        return None
+    return recipe.s2_group or max(2, length // 8 * 2)
+
+
 def _choice(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: MemoryBudget) -> Choice:
     speed = tokens_per_second(spec, recipe, settings, budget.rates)
     return Choice(spec, settings, _ledger(spec, recipe, settings, budget), speed)
@@ -141,6 +148,7 @@ def _candidates(
     spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, weights: Weights, work: Work
 ) -> Iterator[Settings]:
     length = sequence_length(spec, recipe)
+    group = group_of(recipe, length) if work == "train" else None
     for recompute, offload in _kept(recipe, weights, work):
         for batch_size, accum in _sizes(recipe, length, budget.device, work):
             for at_once in _groups(recipe, weights, accum) if work != "chat" else [accum]:
@@ -157,6 +165,7 @@ def _candidates(
                     at_once=at_once,
                     mlp_tiles=recipe.mlp_tiles or 1,
                     work=work,
+                    s2_group=group,
                 )
 
 

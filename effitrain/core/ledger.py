@@ -27,6 +27,7 @@ class Settings:
     ``streamed``: layers whose frozen weights visit the device; ``on_disk``: how many of them are read from the disk;
     ``at_once``: micro-batches that pass a layer before the next one is fetched, fewer in the last group of a step;
     ``mlp_tiles``: parts of a micro-batch that norms and MLPs take one by one;
+    ``s2_group``: tokens of a group of shifted sparse attention, None for full attention;
     ``work``: training, scoring texts (forward passes alone), or chat, where a micro-batch is a conversation.
     """
 
@@ -42,6 +43,7 @@ class Settings:
     on_disk: int = 0
     at_once: int = 1
     mlp_tiles: int = 1
+    s2_group: int | None = None
     work: Work = "train"
 
     @property

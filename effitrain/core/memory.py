@@ -56,6 +56,7 @@ def held_lines(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: Memo
         *frozen_weights(spec, recipe, settings),
         *tables(spec, recipe, settings, budget.device),
         *(_masters if recipe.method in WEIGHTS else _adapters)(spec, recipe, settings),
+        *_trained_embedding(spec, recipe, budget.device),
         _gpu(OVERHEAD, budget.overhead_bytes, "CUDA context, workspaces, allocator slack"),
     )
 
@@ -87,15 +88,17 @@ def saved_bytes(layer: LayerSpec, spec: ModelSpec, recipe: Recipe, c: int, train
     their input in fp32 and a reciprocal root; attention q, k, v, its output and the logsumexp. In the MLP: gate, up
     and, for down's adapter, the product; Gemma's GeGLU is left to autograd, which keeps gelu(gate) as well. Adapters
     keep their input, one for q, k, v and one for gate and up, and ``x A^T``. ``trained``: the layer's own weights are
-    trained, and they keep the inputs that adapters keep.
+    trained, and they keep the inputs that adapters keep. Norms trained beside adapters keep what they scale, and
+    shifted sparse attention makes a second copy of its output out of its groups'.
     """
     rows = {linear.leaf: linear.out_features for linear in layer.linears}
     keeps = trained or recipe.method not in WEIGHTS
     on = {linear.leaf for linear in layer.linears if keeps and adapted(linear, recipe)}
     queries, keys = rows["q_proj"], rows["k_proj"]
-    norms = 2 * (4 * spec.hidden + 4) + (saved_by_norms(layer, spec, c) if trained else 0)
+    norms = 2 * (4 * spec.hidden + 4) + (saved_by_norms(layer, spec, c) if trained or recipe.train_norms else 0)
     qk_norms = 4 * (queries + keys + (queries + keys) // spec.head_dim) if spec.qk_norm else 0
     attention = 2 * (queries + keys) * c + 4 * (queries // spec.head_dim)
+    attention += queries * c if recipe.attention == "s2" and "o_proj" in on else 0
     product = "down_proj" in on and not recipe.lora_dropout
     wide = 2 + (spec.family == "gemma") + product
     return (
@@ -179,9 +182,12 @@ def tables(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) -> 
     frozen = Fraction(spec.num_layers - active_layers(spec, recipe), spec.num_layers)
     small = int(frozen * sum(count * (layer.params - layer.weights) for layer, count in spec.shapes))
     small += 0 if trained else spec.hidden
+    small -= sum(size * count for size, count in _norms(spec)) if recipe.train_norms else 0
     norms = _gpu("norms and biases", small * c, f"{small:,} x {c} B")
     if trained:
         return (norms,)
+    if recipe.train_embeddings:
+        return _gpu("head", spec.head.params * c, table), norms
     if spec.tied:
         return _gpu("embedding, tied to the head", spec.embedding_params * c, table), norms
     where = HOST if device == "cuda" else GPU
@@ -189,12 +195,32 @@ def tables(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) -> 
     return embedding, _gpu("head", spec.head.params * c, table), norms
 
 
+def _norms(spec: ModelSpec) -> list[tuple[int, int]]:
+    """Sizes of the norms, and how many there are of each."""
+    of_heads = [(spec.head_dim, 2 * spec.num_layers)] if spec.qk_norm else []
+    return [(spec.hidden, 2 * spec.num_layers + 1), *of_heads]
+
+
+def _trained_embedding(spec: ModelSpec, recipe: Recipe, device: str) -> tuple[LedgerLine, ...]:
+    """A table in fp32, and of the rows that were seen, at most all of them, the gradient and AdamW's moments."""
+    if not recipe.train_embeddings:
+        return ()
+    where, size = HOST if device == "cuda" else GPU, spec.embedding_params
+    table = f"V {spec.vocab} x h {spec.hidden}"
+    return (
+        LedgerLine("embedding, trained", where, 4 * size, f"{table} x 4 B"),
+        LedgerLine("embedding gradient", where, 4 * size + 8 * spec.vocab, f"at most {table} x 4 B, V x 8 B"),
+        LedgerLine("embedding moments", where, 8 * size + 12 * spec.vocab, f"at most {table} x 8 B, V x 12 B"),
+    )
+
+
 def _adapters(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
-    factors = adapter_factors(spec, recipe)
+    factors = adapter_factors(spec, recipe) + (_norms(spec) if recipe.train_norms else [])
+    of = f"rank {recipe.lora_r}" + " and norms" * recipe.train_norms
     weights = sum(size * count for size, count in factors)
     states = sum(count * optimizer_bytes(size, settings.optimizer) for size, count in factors)
     return (
-        _gpu("adapter weights", 4 * weights, f"{weights:,} x 4 B (rank {recipe.lora_r})"),
+        _gpu("adapter weights", 4 * weights, f"{weights:,} x 4 B ({of})"),
         _gpu("adapter gradients", 4 * weights, f"{weights:,} x 4 B"),
         _gpu("optimizer states", states, f"{weights:,} x {_state_bytes(settings)} ({settings.optimizer})"),
     )
@@ -271,7 +297,7 @@ def _loss(spec: ModelSpec, recipe: Recipe, settings: Settings, trained: int) -> 
     # A chunk's gradient is made when the float32 copy of half-precision logits is gone.
     grads = 4 * head + max(0, gradient_bytes(head, c) - rows * spec.vocab * (per_logit - c))
     leaving = settings.offload  # the last layer's input, on its way to the host
-    held = 2 + leaving + tables  # what a trained norm made of its input
+    held = 2 + leaving + (tables or recipe.train_norms)  # what a trained norm made of its input
     wide = 4 if settings.mlp_tiles == 1 else c
     states = f"T {tokens} x h {h} x ({wide} B norm input + {held} x {c} B: output, gradient{', leaving' * leaving})"
     return (

@@ -7,7 +7,8 @@ METHODS = ("full",)  # besides the adapter kinds
 WEIGHTS = ("full",)  # those that train weights of the model itself, with float32 masters
 DEFAULTS = {"full": {"quant": "none"}}  # fields that a method has other defaults for
 ADAPTER_LR, WEIGHTS_LR = 2e-4, 1e-5
-LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rslora", "init_adapter")
+LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rslora", "init_adapter", "train_norms",
+               "train_embeddings")  # fmt: skip
 
 
 def adapter_kind(method: str) -> str | None:

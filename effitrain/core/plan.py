@@ -7,7 +7,7 @@ from typing import Any
 
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.cards import TYPICAL, rates_of
-from effitrain.core.choices import CPU_MICRO_BATCH_TOKENS, SAMPLES_PER_STEP, Choice
+from effitrain.core.choices import CPU_MICRO_BATCH_TOKENS, SAMPLES_PER_STEP, Choice, group_of, sequence_length
 from effitrain.core.errors import BudgetError, InputError
 from effitrain.core.ledger import DISK, LedgerLine, Settings, Work, gpu_bytes, host_bytes
 from effitrain.core.memory import adapted, make_ledger
@@ -69,10 +69,12 @@ def make_plan(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work 
     forward passes alone, and the adapter that ``recipe`` names is there to be used.
 
     Raises:
-        InputError: the recipe adapts a linear that the model does not have, or prunes what it cannot.
+        InputError: the recipe adapts a linear that the model does not have, prunes what it cannot, or shifts groups
+            that hold whole samples.
     """
     if work == "train":
         _check_targets(spec, recipe)
+        _check_group(recipe, sequence_length(spec, recipe))
     possible = ways(spec, recipe, budget, work)
     way = next((way for way in possible if way.fits), None) or min(possible, key=lambda way: way.shortage)
     choice = way.best
@@ -161,6 +163,15 @@ def _check_targets(spec: ModelSpec, recipe: Recipe) -> None:
         raise InputError(fact, next_step=f"--lora-targets takes any of {', '.join(linear.leaf for linear in linears)}.")
 
 
+def _check_group(recipe: Recipe, length: int) -> None:
+    group = group_of(recipe, length)
+    if group is not None and group >= length:
+        raise InputError(
+            f"--s2-group {group} holds whole samples of --max-seq-len {length}: attention would be full.",
+            next_step="Leave --s2-group out for a quarter of the length, or use --attention full.",
+        )
+
+
 def _shortfalls(choice: Choice, budget: MemoryBudget) -> Iterator[str]:
     if (short := choice.peak - budget.gpu_bytes) > 0:
         need, have = format_bytes(choice.peak), format_bytes(budget.gpu_bytes)
@@ -189,9 +200,18 @@ def _notices(spec: ModelSpec, choice: Choice, budget: MemoryBudget) -> Iterator[
     yield from budget.notices
     if budget.device == "cuda" and rates_of(budget.card) is None:
         yield f"Speed is estimated as on an {TYPICAL}: the card is not known."
-    if choice.settings.max_seq_len > spec.max_positions:
-        length = choice.settings.max_seq_len
-        yield f"Sequences of {length} tokens are longer than the {spec.max_positions} positions the model was made for."
+    if past := past_length(spec, choice.settings.max_seq_len):
+        yield past
+
+
+def past_length(spec: ModelSpec, length: int) -> str | None:
+    """What to say where sequences are longer than the model's positions."""
+    if length <= spec.max_positions:
+        return None
+    return (
+        f"Sequences of {length} tokens are longer than the {spec.max_positions} positions the model was made for, and"
+        " what it makes of tokens beyond them is worth little: --rope-scaling and training make them usable."
+    )
 
 
 def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
@@ -199,6 +219,13 @@ def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
     settings, recipe, have = choice.settings, way.recipe, format_bytes(budget.gpu_bytes)
     if settings.streamed:
         yield from _explain_streaming(way, choice, budget)
+    if recipe.rope_scaling in ("linear", "ntk", "yarn") and recipe.rope_factor:
+        yield (
+            f"Positions are scaled ({recipe.rope_scaling}, {recipe.rope_factor:g} times the model's length), to"
+            f" {way.spec.max_positions:,} of them."
+        )
+    if settings.s2_group:
+        yield f"Training attends within shifted groups of {settings.s2_group} tokens; evaluation attends in full."
     if way.fit == "prune":
         yield "It trains on a pruned model, an approximation: the report tells how much of the gain arrives."
     for stage in way.stages:

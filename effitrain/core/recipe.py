@@ -18,12 +18,6 @@ LATER = {
     "lisa_interval": "LISA",
     "lisa_state": "LISA",
     "lisa_train_embeddings": "LISA",
-    "attention": "shifted sparse attention",
-    "s2_group": "shifted sparse attention",
-    "rope_scaling": "longer context",
-    "rope_factor": "longer context",
-    "train_norms": "longer context",
-    "train_embeddings": "longer context",
 }
 # Values of published flags that later versions bring.
 LATER_VALUES = {
@@ -153,7 +147,20 @@ class Recipe(BaseModel):
     )
 
     max_seq_len: Annotated[int | None, Auto] = _flag(
-        None, "Tokens of a sample; the model's length, at most 2048", group="training", ge=8
+        None, "Tokens of a sample, beyond the model's length too; its length, at most 2048", group="training", ge=8
+    )
+    attention: Literal["full", "s2"] = _flag(
+        "full", "Attention in training; s2 is shifted sparse attention, for long context", group="training"
+    )
+    s2_group: Annotated[int | None, Auto] = _flag(
+        None, "Tokens of a group of --attention s2, even; a quarter of --max-seq-len", group="training",
+        ge=2, multiple_of=2,
+    )  # fmt: skip
+    rope_scaling: Literal["auto", "none", "linear", "ntk", "yarn"] = _flag(
+        "auto", "How positions beyond the model's length are scaled; linear where there are such", group="training"
+    )
+    rope_factor: Annotated[float | None, Auto] = _flag(
+        None, "How many times the model's length; as many as --max-seq-len takes", group="training", ge=1
     )
     batch_size: Annotated[int | None, Auto] = _flag(None, "Samples a micro-step; from the plan", group="training", ge=1)
     grad_accum: Annotated[int | None, Auto] = _flag(
@@ -183,6 +190,10 @@ class Recipe(BaseModel):
         None, "Linears to adapt, e.g. q_proj,v_proj,lm_head; all decoder linears", group="adapter"
     )
     lora_rslora: bool = _flag(False, "Scale by alpha / sqrt(r) instead of alpha / r", group="adapter")
+    train_norms: bool = _flag(False, "Train the norms in full beside the adapter", group="adapter")
+    train_embeddings: bool = _flag(
+        False, "Train the token embedding's rows, in host memory, beside the adapter", group="adapter"
+    )
     init_adapter: str | None = _flag(None, "Go on from this adapter folder", group="adapter", min_length=1)
 
     prune_ratio: float | None = _flag(
@@ -307,7 +318,14 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"--join-documents is for running text, and --format is {recipe.format}."
     if recipe.stream_order != "auto" and recipe.fit == "resident":
         yield f"--stream-order {recipe.stream_order} is for models that stream, and --fit is resident."
+    if recipe.s2_group is not None and recipe.attention != "s2":
+        yield f"--s2-group {recipe.s2_group} is for --attention s2, and --attention is {recipe.attention}."
+    if recipe.rope_factor is not None and recipe.rope_scaling == "none":
+        yield f"--rope-factor {recipe.rope_factor:g} scales positions, and --rope-scaling none leaves them alone."
     if recipe.prune_method == "loraprune":
+        for field in ("train_norms", "train_embeddings"):
+            if getattr(recipe, field):
+                yield f"{_flag_name(field)} saves them with an adapter; --prune-method loraprune ships a whole model."
         for field in ("prune_score", "prune_ranking", "align", "calib_dataset", "small_model"):
             if getattr(recipe, field) != Recipe.model_fields[field].default:
                 yield f"{_flag_name(field)} is for --prune-method loram; loraprune scores by its own gradients."

@@ -50,7 +50,7 @@ class Report:
     ``tokens`` went through the model in ``seconds`` of training, evaluation not counted; ``adapter`` is the adapter's
     folder inside the run folder; ``stream`` and ``prune`` are None where the run did neither. ``positions``: of each
     bucket of positions ``start`` and ``end``, the ``tokens`` scored, and their loss ``before`` and ``after`` training;
-    None where samples are short.
+    None where samples are short. ``rope``: how positions were scaled; None where they were not.
     """
 
     model: str
@@ -68,6 +68,7 @@ class Report:
     stream: Mapping[str, Any] | None = None
     prune: Mapping[str, Any] | None = None
     positions: Sequence[Mapping[str, Any]] | None = None
+    rope: Mapping[str, Any] | None = None
 
     @property
     def tokens_per_second(self) -> float:

@@ -72,9 +72,12 @@ def tokens_to_hide(spec: ModelSpec, recipe: Recipe, settings: Settings, rates: R
 
 
 def _layer(layer: LayerSpec, spec: ModelSpec, settings: Settings) -> float:
-    """FLOP of a layer's forward pass; that of its inputs' gradients is the same. Causal attention does half."""
+    """FLOP of a layer's forward pass; that of its inputs' gradients is the same. Causal attention does half,
+    and shifted sparse attention that of its groups.
+    """
+    reach = settings.s2_group or settings.max_seq_len
     queries = next(linear.out_features for linear in layer.linears if linear.leaf == "q_proj")
-    return settings.tokens * (2 * layer.weights + 2 * settings.max_seq_len * queries)
+    return settings.tokens * (2 * layer.weights + 2 * reach * queries)
 
 
 def _dequantised(spec: ModelSpec, settings: Settings) -> int:

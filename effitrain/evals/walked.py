@@ -10,6 +10,7 @@ import torch
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import Clock
+from effitrain.adapters.full import load_in_full
 from effitrain.adapters.storage import AdapterBundle, load_into
 from effitrain.core.recipe import Recipe
 from effitrain.data.batches import Batches, MicroBatch
@@ -43,6 +44,7 @@ def evaluate_walked(
     walk = Walk(decoder, base.weights(recipe.quant, dtype), recipe.quant, dtype, device)
     if adapter:
         load_into(attach(decoder, adapter.config, Clock()), adapter, "recovered from the small model")
+        load_in_full(decoder, adapter.full)
     decoder.eval()
     every = (batches.get(index) for index in range(batches.per_epoch))
     total, tokens = 0.0, 0

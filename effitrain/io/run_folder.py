@@ -2,17 +2,20 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from effitrain.core.errors import InputError
+from effitrain.core.positions import same_positions
 from effitrain.core.recipe import Recipe
 from effitrain.io.atomic import write_json
+from effitrain.io.model_folder import read_config
 
 _OURS = (
     *("report.json", "recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints", "adapter"),
-    *("keep.safetensors", "small", "adapter-small"),
+    *("keep.safetensors", "small", "adapter-small", "config.json"),
 )
 _ANOTHER = "Name another output folder with -o."
 
@@ -97,6 +100,31 @@ def _shown(value: Any) -> str:
         pairs = value.items() if isinstance(value, dict) else []
         return ",".join([f"{name}={column}" for name, column in pairs] or map(str, value))
     return str(value)
+
+
+def positions_beside(adapter: str) -> dict[str, Any] | None:
+    """The config.json with scaled positions that an adapter was trained with: in its own folder or in that of its run,
+    whichever is named; None where positions are the model's own.
+    """
+    for folder in (Path(adapter), Path(adapter).parent):
+        whose = any((folder / name).is_file() for name in ("run.json", "adapter_config.json"))
+        if whose and (folder / "config.json").is_file():
+            return read_config(folder)
+    return None
+
+
+def check_positions(adapter: str, config: Mapping[str, Any]) -> None:
+    """Refuse to go on from an adapter that was trained with scaled positions other than those of ``config``.
+
+    Raises:
+        InputError: they differ.
+    """
+    positions = positions_beside(adapter)
+    if positions and not same_positions(positions, config):
+        raise InputError(
+            f"{adapter} was trained with other positions than this run has.",
+            next_step="Repeat its --max-seq-len, --rope-scaling and --rope-factor.",
+        )
 
 
 def _read_notes(path: Path) -> dict[str, Any]:

@@ -4,9 +4,10 @@ A micro-batch is one row of N tokens, several samples end to end. Each sample is
 so samples are isolated exactly and there is neither padding nor a mask of N x N.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from inspect import signature
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -60,18 +61,24 @@ def attention(
             kwargs = {"segments": within, "scaling": scaling, "sliding_window": sliding_window}
             return attention(module, query, key, value, None, **kwargs)[0]  # type: ignore[arg-type]
 
-        lengths = [query.shape[2]] if segments is None else segments
+        lengths = [query.shape[2]] * len(query) if segments is None else segments
         return shifted_attention(query, key, value, lengths, shifted_group, attend), None
     if segments is None or len(segments) == 1:
-        out = _causal(query, key, value, scaling, sliding_window)
-    elif len(set(segments)) == 1:
-        out = _equal_segments(query, key, value, segments[0], scaling, sliding_window)
-    elif _has_flash(query) and _varlen() is not None:
+        return _causal(query, key, value, scaling, sliding_window).transpose(1, 2), None
+    if len(set(segments)) > 1 and _has_flash(query) and _varlen() is not None:
         return _varlen_segments(query, key, value, segments, scaling, sliding_window), None
-    else:
-        parts = zip(*(tensor.split(list(segments), dim=2) for tensor in (query, key, value)), strict=True)
-        out = torch.cat([_causal(q, k, v, scaling, sliding_window) for q, k, v in parts], dim=2)
-    return out.transpose(1, 2), None
+    runs = [_run(q, k, v, length, scaling, sliding_window) for q, k, v, length in _runs(query, key, value, segments)]
+    return (runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)), None
+
+
+def _runs(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """The parts of a row whose neighbouring segments have one length, and that length."""
+    runs = [(length, sum(1 for _ in same)) for length, same in groupby(segments)]
+    parts = (tensor.split([length * count for length, count in runs], dim=2) for tensor in (query, key, value))
+    for (length, _), q, k, v in zip(runs, *parts, strict=True):
+        yield q, k, v, length
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
@@ -103,12 +110,10 @@ def _has_flash(query: Tensor) -> bool:
     return query.is_cuda and query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _equal_segments(
-    query: Tensor, key: Tensor, value: Tensor, length: int, scaling: float | None, window: int | None
-) -> Tensor:
-    """Segments of one length are a batch: [1, H, n * L, D] as [n, H, L, D]."""
+def _run(query: Tensor, key: Tensor, value: Tensor, length: int, scaling: float | None, window: int | None) -> Tensor:
+    """Segments of one length are a batch: [1, H, n * L, D] as [n, H, L, D]; returns [1, n * L, Hq, D]."""
     q, k, v = (t[0].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value))
-    return _causal(q, k, v, scaling, window).transpose(0, 1).flatten(1, 2)[None]
+    return _causal(q, k, v, scaling, window).transpose(1, 2).flatten(0, 1)[None]
 
 
 def _varlen_segments(

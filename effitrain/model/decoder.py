@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from effitrain.core.errors import InputError
 from effitrain.core.spec import PRUNABLE, LinearSpec, ModelSpec
@@ -19,6 +18,7 @@ from effitrain.kernels.lora_mlp import lora_mlp
 from effitrain.kernels.swiglu import Activation, swiglu
 from effitrain.model import attention
 from effitrain.model.blocks import Norm, SelfAttention, operands, replace_norms, trainable
+from effitrain.model.embedding import Embedding
 from effitrain.model.recompute import recompute
 from effitrain.model.tiles import in_tiles
 from effitrain.quant.linear import FrozenLinear
@@ -41,24 +41,6 @@ class Rows:
     position_ids: Tensor
     segments: Sequence[int] | None = None
     cache: Any = None
-
-
-class Embedding(nn.Module):
-    """Frozen token embedding, gathered where its weight lives and handed to the device of the layers."""
-
-    def __init__(self, scale: float = 1.0):
-        super().__init__()
-        self.scale = scale
-        self.weight: Tensor | None = None
-        self.device = torch.device("cpu")
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Rows of the table for ``input_ids`` [...]: [..., H]."""
-        assert self.weight is not None
-        rows = F.embedding(input_ids.to(self.weight.device), self.weight)
-        if self.scale != 1.0:  # Gemma rounds the factor to the table's dtype first
-            rows = rows * torch.tensor(self.scale, dtype=rows.dtype)
-        return rows.to(self.device, non_blocking=True)
 
 
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}  # that have kernels
@@ -147,17 +129,19 @@ class Decoder(nn.Module):
         """What the last layer makes of each of ``batches``, [N, H] or [B, T, H]. All of them pass a layer before the
         next layer is needed, so that a streamed layer is copied once for all.
 
-        A layer takes the batches from the last to the first: its backward pass comes in the reverse order, and so adds
-        to gradients in the order of a pass for each batch. ``turn`` is told the number of a batch before each layer
-        computes with it, in both passes.
+        Embedding and layers take the batches from the last to the first: their backward pass comes in the reverse
+        order, and so adds to gradients in the order of a pass for each batch. ``turn`` is told the number of a batch
+        before each layer computes with it, in both passes.
         """
         xs, kwargs = [], []
-        for rows in batches:
+        for rows in reversed(batches):
             flat = rows.input_ids.dim() == 1
             ids, positions = (t[None] if flat else t for t in (rows.input_ids, rows.position_ids))
             xs.append(self.model.embed_tokens(ids))  # type: ignore[operator]
             rope = self.model.rotary_emb(xs[-1], positions.to(xs[-1].device))  # type: ignore[operator]
             kwargs.append({"position_embeddings": rope, "past_key_values": rows.cache, "segments": rows.segments})
+        xs.reverse()
+        kwargs.reverse()
         if self.offload:
             self.offload.reset()
         if self.streamer:
@@ -207,6 +191,11 @@ class Decoder(nn.Module):
             return 0
         trained = (i for i, layer in enumerate(self.layers) if any(p.requires_grad for p in layer.parameters()))
         return next(trained, None)
+
+    def set_shifted_group(self, group: int | None) -> None:
+        """In training let tokens attend within groups of ``group`` tokens, half of the heads within shifted ones."""
+        for layer in self.layers:
+            layer.self_attn.shifted_group = group  # type: ignore[union-attr]
 
     def set_recompute(self, what: str) -> None:
         """Keep for the backward pass all activations (``none``), those outside the MLPs (``mlp``), or the layers'

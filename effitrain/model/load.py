@@ -1,7 +1,7 @@
 """Fill an empty model from a checkpoint, one tensor at a time, quantising on the way."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from effitrain.core.errors import InputError
 from effitrain.core.placement import Placement
+from effitrain.core.positions import with_positions_of
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec, spec_from_config
 from effitrain.io.checkpoint import open_checkpoint
@@ -86,6 +87,11 @@ class Base:
     def fingerprint(self) -> str:
         """Changes when the weights do."""
         return hub_fingerprint(self.remote) if self.remote else self.weights().fingerprint()
+
+    def at_positions(self, config: Mapping[str, Any]) -> "Base":
+        """The same with the positions of ``config``, a config.json of this model or of one cut from it."""
+        source = replace(self.source, config=with_positions_of(config, self.source.config))
+        return replace(self, source=source, spec=spec_from_config(source.config, source.name))
 
     @property
     def folder(self) -> Path:

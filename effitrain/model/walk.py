@@ -48,13 +48,15 @@ class Walk:
     def start(self, batches: Sequence[MicroBatch]) -> list[Passing]:
         """The micro-batches before the first layer."""
         embedding: Any = self.decoder.model.embed_tokens
-        embedding.weight = self._table("model.embed_tokens.weight", torch.device("cpu"))
+        own = embedding.weight  # of an adapter that brings one
+        if own is None:
+            embedding.weight = self._table("model.embed_tokens.weight", torch.device("cpu"))
         passing = []
         for batch in batches:
             x = embedding(batch.input_ids[None])
             rope = self.decoder.model.rotary_emb(x.to(self.device), batch.position_ids[None].to(self.device))  # type: ignore[operator]
             passing.append(Passing(batch, x, {"position_embeddings": rope, "segments": batch.segments}))
-        embedding.weight = None
+        embedding.weight = own
         return passing
 
     @contextmanager

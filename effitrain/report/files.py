@@ -11,6 +11,7 @@ from typing import Any
 from effitrain.core.plan import Plan
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import DataUse, Losses, Memory, Report
+from effitrain.core.spec import ModelSpec
 from effitrain.core.units import format_bytes
 from effitrain.data.prepare import DataStats
 from effitrain.evals.positions import ByPosition
@@ -37,6 +38,7 @@ def write_report(
     timeline: Sequence[Span] = (),
     prune: Mapping[str, Any] | None = None,
     positions: ByPosition | None = None,
+    rope: Mapping[str, Any] | None = None,
 ) -> Report:
     """Write the report of a finished run; report.json comes last, for it marks the run as finished.
 
@@ -52,6 +54,7 @@ def write_report(
         timeline: of the last streamed pass, in seconds.
         prune: what pruning and recovery did, for a run that pruned.
         positions: losses on the evaluation set by position, where its samples are long.
+        rope: what ``rope_figures`` says, where positions were scaled.
     """
     scored = [loss for _, loss in evals]
     report = Report(
@@ -70,6 +73,7 @@ def write_report(
         warnings=tuple(_warnings(plan, data, evals, measured_peak_bytes, positions)),
         stream=stream,
         positions=positions.rows() if positions else None,
+        rope=rope,
     )
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     png = loss_png(metrics, evals, report.trained_small)
@@ -82,6 +86,17 @@ def write_report(
     write_text(folder / "report.html", render_report(report.to_json(), plan.to_json(), metrics, *pictures))
     write_json(folder / "report.json", report.to_json())
     return report
+
+
+def rope_figures(recipe: Recipe, spec: ModelSpec, base: str, folder: Path) -> dict[str, Any] | None:
+    """The ``rope`` part of the report: how they were scaled, and the line that loads the base model so; None where
+    they were not.
+    """
+    if recipe.rope_scaling == "none":
+        return None
+    load = f"AutoModelForCausalLM.from_pretrained({base!r}, config=AutoConfig.from_pretrained({str(folder)!r}))"
+    facts = {"scaling": recipe.rope_scaling, "factor": recipe.rope_factor, "max_positions": spec.max_positions}
+    return {**facts, "load_with": load}
 
 
 def stream_figures(

@@ -46,6 +46,7 @@ def render_report(
         _section("Data", _pairs(report["data"])),
         _section("Streaming", _pairs(report["stream"] or {}) + _picture("Layers by time", timeline_png)),
         _section("Pruning", _pairs(report["prune"] or {})),
+        _section("Scaled positions", _pairs(report.get("rope") or {})),
         _section("Versions", _pairs(report["versions"])),
     ]
     return (

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from effitrain.adapters.base import Adapter, AdapterConfig, Clock
+from effitrain.adapters.full import load_in_full, trained_in_full
 from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.core.errors import InputError
 from effitrain.core.placement import Placement
@@ -67,7 +68,9 @@ def assemble(
     clock = Clock(recipe.seed)
     adapters = make_trainable(decoder, recipe, clock)
     if recipe.init_adapter:
-        load_into(adapters, read_adapter(adapter_folder(recipe.init_adapter)), recipe.init_adapter)
+        bundle = read_adapter(adapter_folder(recipe.init_adapter))
+        load_into(adapters, bundle, recipe.init_adapter)
+        load_in_full(decoder, bundle.full)
     trainable: dict[str, torch.Tensor] = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(chosen(recipe.optimizer), trainable.values(), chosen(recipe.lr), recipe.weight_decay)
     batches = make_batches(tokens, recipe)
@@ -134,8 +137,10 @@ def save_model(job: Job, recipe: Recipe, target: Path, base: Base) -> None:
 def save_and_reload(job: Job, recipe: Recipe, target: Path, base_name: str) -> None:
     """Save the adapter and load it back, so that what is evaluated afterwards is what was saved."""
     factors = {path: adapter.factors() for path, adapter in job.adapters.items()}
-    save_adapter(target, factors, AdapterConfig.of(recipe), base_name)
-    load_into(job.adapters, read_adapter(target), str(target))
+    save_adapter(target, factors, AdapterConfig.of(recipe), base_name, full=trained_in_full(job.decoder))
+    bundle = read_adapter(target)
+    load_into(job.adapters, bundle, str(target))
+    load_in_full(job.decoder, bundle.full)
 
 
 def make_batches(tokens: TokenSet, recipe: Recipe) -> Batches:

@@ -14,7 +14,7 @@ from effitrain.data.batches import Batches, MicroBatch
 from effitrain.model.decoder import Decoder
 from effitrain.train.hooks import Hook, StepRecord
 from effitrain.train.loss import backward_in_groups
-from effitrain.train.optim import set_lr
+from effitrain.train.optim import gradients, scale, set_lr
 from effitrain.train.schedule import learning_rate
 from effitrain.train.state import TrainState
 
@@ -116,18 +116,19 @@ def accumulate(
             raise InputError(
                 f"The loss of step {clock.step + 1}, micro-batch {number} of {len(micro)}, is {value}.", *_NOT_FINITE
             )
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if grads:
-        torch._foreach_mul_(grads, 1 / trained)
+    scale(gradients(parameters), 1 / trained)
     return sum(values) / trained
 
 
 def clip(parameters: Iterable[Tensor], max_norm: float, step: int) -> float:
     """Scale gradients down to ``max_norm`` (0: leave them) and return their norm before."""
-    norm = nn.utils.clip_grad_norm_(list(parameters), max_norm or math.inf).item()
-    if not math.isfinite(norm):
+    grads = gradients(parameters)
+    norm = nn.utils.get_total_norm(grads)
+    if max_norm:
+        scale(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if not math.isfinite(norm.item()):
         raise InputError(f"The gradient of step {step + 1} is not finite.", *_NOT_FINITE)
-    return norm
+    return norm.item()
 
 
 def _each(hooks: Sequence[Hook], call: Callable[[Hook], None]) -> None:

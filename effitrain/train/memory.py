@@ -1,7 +1,7 @@
 """Bytes of live tensors and their peak: the allocator's own count on CUDA, tracked storages on a CPU."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,13 +28,12 @@ class StorageTracker(TorchDispatchMode):
 
     def ignore(self, *tensors: Tensor) -> None:
         """Do not count these: what lies in host memory."""
-        for tensor in tensors:
-            self._sizes[tensor.untyped_storage()._cdata] = 0
+        for storage in _storages(tensors):
+            self._sizes[storage._cdata] = 0
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that were made before tracking began."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
+        for storage in _storages(tensors):
             key = storage._cdata
             if key not in self._sizes:
                 self._sizes[key] = storage.nbytes()
@@ -54,6 +53,15 @@ class StorageTracker(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.add(leaf for leaf in tree_iter(out) if isinstance(leaf, Tensor))
         return out
+
+
+def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
+    """Where the numbers of the tensors are; of a sparse one those of its parts."""
+    for tensor in tensors:
+        if tensor.is_sparse:
+            yield from (part.untyped_storage() for part in (tensor._indices(), tensor._values()))
+        else:
+            yield tensor.untyped_storage()
 
 
 def model_tensors(model: torch.nn.Module) -> list[Tensor]:

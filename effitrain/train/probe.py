@@ -15,6 +15,7 @@ from effitrain.train.loop import accumulate, clip
 from effitrain.train.loss import loss_sum
 from effitrain.train.memory import Meter, model_tensors, optimizer_tensors
 from effitrain.train.optim import set_lr
+from effitrain.train.rows import blank_gradient
 
 
 class OverBudget(BudgetError):
@@ -60,8 +61,10 @@ def probe(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     set_lr(optimizer, 0.0)
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = blank_gradient(parameter)
     optimizer.step()
+    for parameter in parameters:  # a step takes the gradient of a table away, and earlier micro-batches leave one
+        parameter.grad = blank_gradient(parameter) if parameter.grad is None else parameter.grad
     on_cpu = meter.device.type == "cpu"
     if on_cpu:
         _count(decoder, optimizer, meter)

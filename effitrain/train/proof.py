@@ -34,7 +34,7 @@ from effitrain.stream.fresh import FreshLayers
 from effitrain.train.job import chosen, keep_less
 from effitrain.train.loss import backward_by_layer, loss_sum
 from effitrain.train.memory import StorageTracker, model_tensors, optimizer_tensors
-from effitrain.train.optim import make_optimizer
+from effitrain.train.optim import gradients, make_optimizer, scale
 from effitrain.train.trainable import make_trainable
 
 STEP = "the step"
@@ -43,8 +43,11 @@ COMPONENTS = {
         "frozen linears", "NF4 offsets", "streaming slots", "embedding", "embedding, tied to the head", "head",
         "norms and biases",
     ),
-    "trained tensors and their gradients": ("adapter weights", "adapter gradients", "trained weights", "gradients"),
-    "optimizer states": ("optimizer states",),
+    "trained tensors and their gradients": (
+        "adapter weights", "adapter gradients", "trained weights", "gradients", "embedding, trained",
+        "embedding gradient",
+    ),
+    "optimizer states": ("optimizer states", "embedding moments"),
     STEP: (),
 }  # fmt: skip
 KEPT, KEPT_STREAMED = 2, SLOTS  # layers of each kind that are run; one more of a kind shows what it adds
@@ -105,6 +108,8 @@ class Step:
     @property
     def host_embedding(self) -> bool:
         """Whether the embedding is no tensor of the device."""
+        if self.recipe.train_embeddings:
+            return self.device == "cuda"
         return self.device == "cuda" and not self.spec.tied and not trains_tables(self.spec, self.recipe)
 
 
@@ -172,18 +177,27 @@ def _thinned(step: Step, kinds: Sequence[Any], numbers: Mapping[Any, int]) -> St
 def _run(step: Step) -> Tracked:
     with _symbolic():
         decoder = _model(step)
+        embedding: Any = decoder.get_submodule("model.embed_tokens")
+        tables: list[Tensor] = [embedding.weight] if step.recipe.train_embeddings else []
+        for table in tables:  # shapes have no sparse gradient: that of the rows handed on stands for it
+            table.requires_grad_(False)
+            embedding.register_forward_hook(lambda module, ids, rows: rows.requires_grad_())
         parameters: list[Tensor] = [p for p in decoder.parameters() if p.requires_grad]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer = _optimizer(step.recipe, parameters)
+        # Of all rows, as the ledger counts them: which ones a batch has, shapes cannot tell.
+        row_grads = [torch.zeros(t.numel() + 2 * len(t)) for t in tables]
+        moments = [torch.zeros(2 * t.numel() + 3 * len(t)) for t in tables]
         tracker = StorageTracker()
         if step.host_embedding:
-            tracker.ignore(decoder.model.embed_tokens.weight)  # type: ignore[union-attr, arg-type]
+            tracker.ignore(embedding.weight, *row_grads, *moments)
         if decoder.offload:
             tracker.ignore(decoder.offload.host)
-        adapters = _added(tracker, [tensor for p in parameters for tensor in (p, p.grad) if tensor is not None])
+        grads = [p.grad for p in parameters if p.grad is not None]
+        adapters = _added(tracker, [*parameters, *grads, *tables, *row_grads])
         frozen = _added(tracker, model_tensors(decoder))
-        states = _added(tracker, optimizer_tensors(optimizer))
+        states = _added(tracker, [*optimizer_tensors(optimizer), *moments])
         buffers = _added(tracker, [decoder.offload.staging] if decoder.offload else [])
         with tracker:
             forward, backward, update = _step(step, decoder, parameters, optimizer, tracker)
@@ -205,7 +219,7 @@ def _step(
         forward = tracker.restart()
         loss.backward()
         back = tracker.restart()
-    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 0.5)
+    scale(gradients(parameters), 0.5)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     return forward, back, tracker.restart()

@@ -29,6 +29,8 @@ RUN = f"""
     --prune-ratio --prune-parts --prune-exempt
     --max-seq-len --batch-size --grad-accum --lr --schedule --warmup --epochs --max-steps --seed
     --weight-decay --max-grad-norm --optimizer
+    --attention --s2-group --rope-scaling --rope-factor
+    --train-norms --no-train-norms --train-embeddings --no-train-embeddings
     --method --lora-r --lora-alpha --lora-dropout --lora-targets --lora-rslora --no-lora-rslora --init-adapter
     --prune-method
     --prune-ratio --prune-parts --prune-score --prune-ranking --prune-round --prune-exempt --align --calib-dataset
@@ -128,11 +130,13 @@ PLAN = {
     "gpu_mem": 2**30, "host_mem": 2**30, "gpu": "t4", "quant": "nf4", "dtype": "fp32", "recompute": "layer",
     "max_seq_len": 40, "batch_size": 2, "grad_accum": 3, "optimizer": "adamw8bit", "lora_r": 2,
     "lora_targets": ("q_proj",), "model": "llama-3.2-1b", "fit": "stream", "offload_activations": "on",
-    "prefer": "fast", "resident_layers": 0, "stream_order": "micro-batch", "mlp_tiles": 4,
+    "prefer": "fast", "resident_layers": 0, "stream_order": "micro-batch", "mlp_tiles": 4, "attention": "s2",
+    "s2_group": 20, "rope_scaling": "none", "rope_factor": 8.0, "train_norms": True, "train_embeddings": True,
 }  # fmt: skip
 # Fields that matter only beside others.
 BESIDE = {
     "prefer": {"model": "llama-70b", "gpu_mem": 20 * 2**30, "host_mem": 2**36, "quant": "nf4", "gpu": "rtx4090"},
+    "s2_group": {"attention": "s2"}, "rope_scaling": {"max_seq_len": 600}, "rope_factor": {"max_seq_len": 600},
     "resident_layers": {"fit": "stream"}, "stream_order": {"fit": "stream", "batch_size": 1, "grad_accum": 2},
     "join_documents": {"format": "text"},
 }  # fmt: skip
@@ -144,7 +148,8 @@ TOKENS = {
 TRAINING = {
     "weights": "synthetic:7", "packing": True, "lr": 1e-3, "schedule": "constant", "warmup": 0.9, "epochs": 2.0,
     "max_steps": 1, "seed": 1, "weight_decay": 0.5, "max_grad_norm": 1e-3, "lora_alpha": 4.0, "lora_dropout": 0.5,
-    "lora_rslora": True, "init_adapter": "finished",
+    "lora_rslora": True, "init_adapter": "finished", "attention": "s2", "s2_group": 20, "rope_scaling": "ntk",
+    "rope_factor": 8.0, "train_norms": True, "train_embeddings": True,
 }  # fmt: skip
 FILES = {"output_dir": "elsewhere", "save_every": 4, "keep_checkpoints": 1, "eval_every": 1, "report_to": "wandb"}
 PRUNING = {
@@ -242,7 +247,8 @@ def test_the_same_recipe_gives_the_same_run(base, ran, unchanged):
 
 @pytest.mark.parametrize("field", TRAINING)
 def test_fields_that_change_the_training(changed, ran, unchanged, field):
-    metrics, adapter, _ = ran(changed(field, TRAINING[field]))
+    beside = {"s2_group": {"attention": "s2"}, "rope_scaling": {"rope_factor": 2.0}}.get(field, {})
+    metrics, adapter, _ = ran(changed(field, TRAINING[field], **beside))
     assert (metrics, adapter) != unchanged[:2] and adapter != unchanged[1]
 
 

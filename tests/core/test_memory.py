@@ -130,6 +130,22 @@ def test_what_no_adapter_needs_is_not_kept() -> None:
     assert dropped == (6 * 4096 + 14336) * 3 - shared
 
 
+def test_what_is_trained_in_full_by_hand() -> None:
+    plain, lines = ledger("qwen3-8b"), ledger("qwen3-8b", train_norms=True, train_embeddings=True)
+    norms = (2 * 36 + 1) * 4096 + 2 * 36 * 128
+    more = {what: lines[what].bytes - plain[what].bytes for what in ("adapter weights", "optimizer states")}
+    assert more == {"adapter weights": 4 * norms, "optimizer states": 8 * norms}
+    assert "norms and biases" not in lines and "rank 16 and norms" in lines["adapter weights"].formula
+    table = 151_936 * 4096
+    assert {what: (line.where, line.bytes) for what, line in lines.items() if "embedding" in what} == {
+        "embedding, trained": ("host", 4 * table),
+        "embedding gradient": ("host", 4 * table + 8 * 151_936),
+        "embedding moments": ("host", 8 * table + 12 * 151_936),
+    }
+    on_cpu = ledger("llama-3.2-1b", budget=CPU, train_embeddings=True)
+    assert on_cpu["embedding, trained"].where == "gpu" and on_cpu["head"].bytes == 2 * 128_256 * 2048  # untied by it
+
+
 LAYER = {
     "hidden_size": 64,
     "intermediate_size": 176,

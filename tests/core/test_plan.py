@@ -50,7 +50,7 @@ def test_json_has_exactly_the_keys_of_the_contract() -> None:
         )
         assert set(content["settings"]) == {
             "max_seq_len", "batch_size", "grad_accum", "dtype", "recompute", "offload", "optimizer", "lr", "streamed",
-            "on_disk", "at_once", "mlp_tiles", "work",
+            "on_disk", "at_once", "mlp_tiles", "s2_group", "work",
         }  # fmt: skip
         assert json.loads(json.dumps(content)) == content
 

@@ -34,6 +34,26 @@ def test_equals_the_mask(lengths, heads, kv_heads):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("lengths", [(11,), (5,), (8,), (9,)])  # G/2 + 1, within a group, one group, one past it
+def test_rows_of_a_batch_are_samples(lengths):
+    query, key, value = (torch.randn(3, n, *lengths, 6, dtype=torch.float64) for n in (6, 3, 3))
+    out = shifted_attention(query, key, value, lengths * 3, G, _attend)
+    for row in range(3):
+        alone = (t[row : row + 1] for t in (query, key, value))
+        torch.testing.assert_close(out[row : row + 1], reference(*alone, lengths, G), rtol=1e-10, atol=1e-10)
+    whole = attention(None, query, key, value, None, shifted_group=G)[0]
+    assert torch.equal(whole, out)
+
+
+@pytest.mark.parametrize("lengths", [(20, 3), (4, 9, 33)])
+def test_float32_equals_the_mask(lengths):
+    inputs = _case(lengths, 9, 3, torch.float32)
+    outs = [shifted_attention(*inputs, lengths, G, _attend), reference(*inputs, lengths, G)]
+    grads = [torch.autograd.grad(out.square().sum(), inputs) for out in outs]
+    for found, wanted in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_the_segments_of_the_paper():
     assert segments_of([20], G, False) == [8, 8, 4]
     assert segments_of([20], G, True) == [4, 8, 8]
@@ -106,8 +126,7 @@ def test_in_the_model_it_is_for_training_alone(tiny_model):
     decoder = load_model(find_base(str(folder)), asked, torch.device("cpu"))
     ids, positions = torch.randint(3, 200, (40,)), torch.arange(40)
     full = decoder.eval()(ids, positions, (40,))
-    for layer in decoder.layers:
-        layer.self_attn.shifted_group = G
+    decoder.set_shifted_group(G)
     assert torch.equal(decoder.eval()(ids, positions, (40,)), full)
     sparse = decoder.train()(ids, positions, (40,))
     assert torch.equal(sparse[:4], full[:4]) or torch.allclose(sparse[:4], full[:4], atol=1e-5)

@@ -45,6 +45,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "by layer": {"fit": "stream", "resident_layers": 0, "stream_order": "layer", "grad_accum": 4},
     "tiled": {"fit": "stream", "resident_layers": 0, "stream_order": "micro-batch", "mlp_tiles": 4},
     "in groups": {"fit": "stream", "resident_layers": 2, "stream_order": "layer", "grad_accum": 8},
+    "shifted": {"fit": "resident", "recompute": "mlp", "attention": "s2", "rope_scaling": "none"},
+    "in full": {"fit": "resident", "recompute": "none", "train_norms": True, "train_embeddings": True},
+    "long, streamed": {
+        "fit": "stream",
+        "resident_layers": 8,
+        "attention": "s2",
+        "train_norms": True,
+        "train_embeddings": True,
+    },
     "pruned": {"fit": "prune", "prune_ratio": 0.85, "recompute": "layer", "offload_activations": "off"},
     "pruned, streamed": {"fit": "prune", "prune_ratio": 0.5, "resident_layers": 4, "stream_order": "micro-batch"},
 }
@@ -193,6 +202,9 @@ CPU_WAYS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "full, layer": {"method": "full", "recompute": "layer"},
     "full, half precision": {"method": "full", "dtype": "bf16"},
+    "shifted": {"attention": "s2", "recompute": "layer"},
+    "norms": {"train_norms": True},
+    "norms and embedding": {"train_norms": True, "train_embeddings": True, "recompute": "mlp"},
 }
 
 
