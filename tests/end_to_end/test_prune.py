@@ -66,13 +66,13 @@ def test_the_reports_losses_are_those_of_the_full_model(one, full, counting):
     from effitrain.train.job import make_batches
 
     recipe = api.recipe(**{**yaml_of(one / "recipe.yaml"), "fit": "resident", **unpruned()})
-    base, decoder, recipe = api._ready(recipe, None)
-    data = prepare_data(recipe, base.tokenizer(), recipe.max_seq_len)
-    batches = make_batches(data.eval, recipe)
+    plain = api._ready(recipe, None, "score")
+    data = prepare_data(plain.recipe, plain.base.tokenizer(), recipe.max_seq_len)
+    batches = make_batches(data.eval, plain.recipe)
     loss = read(one / "report.json")["loss"]
-    assert evaluate_loss(decoder, batches).loss == pytest.approx(loss["eval_before"], rel=1e-6)
-    _, adapted, _ = api._ready(recipe, str(one))
-    assert evaluate_loss(adapted, batches).loss == pytest.approx(loss["eval_after"], rel=1e-6)
+    assert evaluate_loss(plain.decoder, batches).loss == pytest.approx(loss["eval_before"], rel=1e-6)
+    adapted = api._ready(recipe, str(one), "score")
+    assert evaluate_loss(adapted.decoder, batches).loss == pytest.approx(loss["eval_after"], rel=1e-6)
 
 
 def yaml_of(path: Path) -> dict:
