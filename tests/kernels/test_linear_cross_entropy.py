@@ -56,7 +56,7 @@ def test_no_gradient_means_no_gradient_work():
     assert not loss.requires_grad and calls
 
 
-def test_whole_logits_are_never_alive():
+def test_whole_logits_are_never_alive(plain):
     tokens, hidden, vocab = 512, 8, 4096
     h, head, labels = _case(tokens, hidden, vocab, 0.5, torch.float32)
     head.requires_grad_(False)
