@@ -97,11 +97,9 @@ def measure(data: Path, steps: int, test_rows: int, run: Run) -> Figures:
 
 def best_rates(runs: Sequence[Run]) -> dict[str, float]:
     """By method, the rate of the lowest perplexity at the first ratio with the first seed."""
-    found = {}
-    for method in METHODS:
-        tried = [run for run in runs if run["method"] == method and (run["ratio"], run["seed"]) == (RATIO, 0)]
-        found[method] = min(tried, key=lambda run: run["perplexity"])["lr"]
-    return found
+    tried = [run for run in runs if run["method"] in METHODS and (run["ratio"], run["seed"]) == (RATIO, 0)]
+    worst_first = sorted(tried, key=lambda run: -run["perplexity"])
+    return {run["method"]: run["lr"] for run in worst_first}
 
 
 def at_best(runs: Sequence[Run]) -> dict[tuple[float, str], list[Run]]:
@@ -142,7 +140,8 @@ def plot(runs: Sequence[Run], path: Path) -> None:
             for (ratio, name), found in sorted(at_best(runs).items())
             if name == method
         ]
-        axes.plot(*zip(*points, strict=True), "o-", label=method)
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", label=method)
     axes.axhline(base, color="grey", linestyle=":", label="unpruned")
     axes.set(xlabel="share of the prunable parts that is gone", ylabel="validation perplexity")
     axes.legend()
