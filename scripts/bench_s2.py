@@ -133,6 +133,15 @@ def compare(decoder: Decoder, lengths: Sequence[int], group: int, repeats: int) 
     }
 
 
+def table(results: dict[str, Any]) -> str:
+    """Shifted over full attention, as Markdown."""
+    lines = ["| shifted over full | attention | step | peak |", "| --- | ---: | ---: | ---: |"]
+    for name, what in (("one row", "one row of 8,192, groups of 2,048"), ("ragged", "five samples of 81 to 3,280")):
+        ratios = " | ".join(f"{results[name][f'{kind}_ratio']:.2f}x" for kind in ("attention", "step", "peak"))
+        lines.append(f"| {what} | {ratios} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -23,7 +23,7 @@ def _make(name: str, parameters: list[Tensor], lr: float, weight_decay: float) -
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     import bitsandbytes as bnb
 
-    paged = name == "paged-adamw8bit" and parameters[0].is_cuda  # managed memory needs a card
+    paged = name == "paged-adamw8bit" and any(p.is_cuda for p in parameters)  # it needs a card
     kind = bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit
     return kind(parameters, lr=lr, weight_decay=weight_decay)
 

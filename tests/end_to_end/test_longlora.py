@@ -156,6 +156,25 @@ def test_a_pruned_run_keeps_norms_embedding_and_positions(effitrain, command, mo
     assert json.loads(scored.out)["loss"] == pytest.approx(report["loss"]["eval_after"], rel=1e-5)
 
 
+def test_full_tuning_leaves_a_model_with_its_positions(effitrain, command, model, counting, tmp_path):
+    lora = command.index("--lora-r")
+    flags = ["--method", "full", *LONG[:6], "-o", tmp_path / "out"]
+    answer = effitrain(*command[:lora], *command[lora + 2 :], *flags)
+    assert answer.code == 0, answer.err
+    assert json.loads((tmp_path / "out/model/config.json").read_text())["max_position_embeddings"] == 1024
+    after = json.loads((tmp_path / "out/report.json").read_text())["loss"]["eval_after"]
+    scored = effitrain("eval", "--model", tmp_path / "out/model", "--dataset", counting, "--max-seq-len", 600,
+                       "--quant", "none", "--json")  # fmt: skip
+    assert json.loads(scored.out)["loss"] == pytest.approx(after, rel=1e-5)
+
+
+def test_tiles_take_trained_norms_too(effitrain, command, out, tmp_path):
+    """Up to float32 sums in another order."""
+    answer = effitrain(*command, *LONG, "--mlp-tiles", 3, "-o", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    assert losses(tmp_path / "out") == pytest.approx(losses(out), rel=1e-4)
+
+
 def test_going_on_from_it_asks_for_what_it_holds(effitrain, command, out, tmp_path):
     start = ["--init-adapter", out, "-o", tmp_path / "out"]
     for flags, said in (

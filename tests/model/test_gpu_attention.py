@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from effitrain.kernels.shifted_attention import reference
 from effitrain.model import attention as room
 from effitrain.model.attention import attention
 
@@ -49,6 +50,22 @@ def test_equals_a_plain_softmax(dtype, tolerance, segments, window, heads, kv_he
     wanted = _plain(*exact, segments, 0.2, window)
     wanted_grads = torch.autograd.grad(wanted, exact, grad.cpu().double())
     assert out.shape == wanted.shape and out.dtype == dtype
+    for found, want in zip((out, *grads), (wanted, *wanted_grads), strict=True):
+        error = (found.detach().cpu().double() - want).abs().max() / want.abs().max()
+        assert error < tolerance, error
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("segments", [UNEQUAL, EQUAL, (200,)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (9, 3)])
+def test_shifted_groups_equal_the_mask(dtype, tolerance, segments, heads, kv_heads):
+    inputs = _case(heads, kv_heads, sum(segments), 64, dtype)
+    out, _ = attention(None, *inputs, None, segments=segments, shifted_group=32)
+    grad = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, grad)
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    wanted = reference(*exact, segments, 32)
+    wanted_grads = torch.autograd.grad(wanted, exact, grad.cpu().double())
     for found, want in zip((out, *grads), (wanted, *wanted_grads), strict=True):
         error = (found.detach().cpu().double() - want).abs().max() / want.abs().max()
         assert error < tolerance, error

@@ -19,7 +19,7 @@ def script(monkeypatch):
     """``script(name)``: a script, or a module of what they share, imported for one test."""
     monkeypatch.syspath_prepend(SCRIPTS)
     yield importlib.import_module
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("study", "study_loram", "study_loraprune")]:
+    for name in [name for name in sys.modules if name.partition(".")[0].startswith(("study", "bench_s2"))]:
         del sys.modules[name]
 
 
@@ -27,6 +27,38 @@ def script(monkeypatch):
 def test_the_docs_show_what_was_measured(script, name):
     runs = json.loads((ROOT / f"docs/{name}.json").read_text())["runs"]
     assert f"<!-- {name} -->\n{script(name).table(runs)}\n<!-- /{name} -->" in (ROOT / "docs/pruning.md").read_text()
+
+
+def test_the_docs_show_what_longlora_measured(script):
+    page = (ROOT / "docs/longlora.md").read_text()
+    runs = json.loads((ROOT / "docs/study_longlora.json").read_text())["runs"]
+    bench = json.loads((ROOT / "benchmarks/s2.json").read_text())
+    assert f"<!-- study_longlora -->\n{script('study_longlora').table(runs)}\n<!-- /study_longlora -->" in page
+    assert f"<!-- bench_s2 -->\n{script('bench_s2').table(bench)}\n<!-- /bench_s2 -->" in page
+    assert bench["one row"]["attention_ratio"] <= 0.4
+    untouched, _, full, sparse = ([sum(r["losses"][n : n + 2]) / 2 for n in (1, 6)] for r in runs)
+    home = runs[3]["losses"][1]
+    assert untouched[1] > runs[0]["losses"][1] + 1  # past its length the model is of no use
+    assert sparse[1] <= 1.03 * home and sparse[1] <= 1.02 * full[1]
+
+
+def test_a_short_form_of_longlora(script, data_dir, monkeypatch):
+    """Two steps on 640 tokens: both arms get better than untrained, and shifted attention is another course."""
+    study = script("study_longlora")
+    monkeypatch.setattr(study, "BOOKS", study.BOOKS[1:])  # the shorter one
+    losses = {arm: study.measure(data_dir, 2, 640, 2, {"arm": arm})["losses"] for arm in list(study.ARMS)[1:]}
+    untrained, full, sparse = losses.values()
+    assert max(sum(full), sum(sparse)) < sum(untrained) and full != sparse
+
+
+def test_the_bench_of_shifted_attention(script, monkeypatch):
+    from effitrain.model import blocks
+
+    bench = script("bench_s2")
+    monkeypatch.setattr(blocks, "attention", bench.timed)
+    found = bench.compare(bench.model(), [96, 32], 24, 1)
+    assert found["pairs_ratio"] < 0.5 and all(found[kind]["attention_seconds"] > 0 for kind in ("full", "s2"))
+    assert found["full"]["peak_bytes"] > 0 and found["lengths"] == [96, 32]
 
 
 def test_an_interrupted_study_goes_on(script, tmp_path):
