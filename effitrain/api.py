@@ -23,7 +23,7 @@ from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.generation import texts_at_once
 from effitrain.core.ledger import Work
-from effitrain.core.methods import WEIGHTS
+from effitrain.core.methods import CHANGES_MODEL
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
 from effitrain.core.positions import with_positions_of
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
@@ -336,7 +336,7 @@ def _as_trained(base: Base, recipe: Recipe, adapter: str | None) -> Base:
 
 def _check_starting_points(recipe: Recipe, base: Base) -> None:
     """An adapter or checkpoint to go on from is looked at before anything large is fetched."""
-    if recipe.method in WEIGHTS and "quantization_config" in base.source.config:
+    if recipe.method in CHANGES_MODEL and "quantization_config" in base.source.config:
         raise InputError(
             f"{base.name} is stored in 4 bits, and --method {recipe.method} trains weights of full precision.",
             next_step="Name the original 16-bit model with --model.",

@@ -15,7 +15,7 @@ from effitrain.core.blobs import SLOTS
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.cut import alignment_recipe, small_spec
 from effitrain.core.errors import BudgetError, InputError
-from effitrain.core.methods import WEIGHTS
+from effitrain.core.methods import CHANGES_MODEL, SAMPLED
 from effitrain.core.placement import Placement, place
 from effitrain.core.plan import Plan, for_tokens, make_plan, resolve
 from effitrain.core.recipe import Recipe
@@ -26,6 +26,7 @@ from effitrain.evals.events import Events
 from effitrain.evals.positions import ByPosition
 from effitrain.evals.recovered import compare, facts
 from effitrain.evals.scores import Scores
+from effitrain.evals.walked import ends
 from effitrain.io.atomic import remove_stale, write_json
 from effitrain.io.keep import KEEP, write_keep
 from effitrain.io.run_folder import RunFolder, open_run
@@ -75,7 +76,8 @@ def _carry_out(
     if recipe.rope_scaling != "none":
         write_json(folder.path / "config.json", dict(base.source.config))
     pruning = recipe.prune_method if the_plan.fit == "prune" else None
-    base = base.to_stream() if the_plan.settings.streamed and not pruning else base.fetched()
+    store_is_enough = the_plan.settings.streamed and not pruning and recipe.method not in SAMPLED
+    base = base.to_stream() if store_is_enough else base.fetched()
     if base.remote:
         hub_id = base.remote.hub_id
         events.note(f"{hub_id} at commit {base.remote.revision}; --model {hub_id}@REVISION takes another.")
@@ -99,16 +101,19 @@ def _carry_out(
         pruned, points = compare(recipe, base, device, batches, bundle, points, events.evaluated)
     elif pruning:
         pruned = facts(recipe, points, [])
+    elif recipe.method == "lisa" and recipe.quant != "none":  # trained beside layers in 4 bits, which the model is not
+        whole = find_base(str(folder.path / "model"))
+        points = ends(recipe, base, whole, device, make_batches(data.eval, recipe), points, events.evaluated)
     positions = None if small else trained.positions  # of the full-size model alone
     seen = (data.stats, points, meter.peak(), trained.stream, trained.timeline, pruned, positions)
     rope = rope_figures(recipe, base.spec, base.name, folder.path)
-    return write_report(folder.path, recipe, trained.plan, trained.state, *seen, rope)
+    return write_report(folder.path, recipe, trained.plan, trained.state, *seen, rope, trained.lisa)
 
 
 @dataclass(frozen=True)
 class Trained:
     """Where training ended, the plan for the longest micro-batch of the data, losses on the evaluation set by step and
-    by position, and what streaming did.
+    by position, and what streaming and LISA did.
     """
 
     state: TrainState
@@ -117,6 +122,7 @@ class Trained:
     stream: Mapping[str, Any] | None
     timeline: Sequence[Span]
     positions: ByPosition | None
+    lisa: Mapping[str, Any] | None
 
 
 def _train(
@@ -158,18 +164,20 @@ def _train(
     )
     with StopOnSignal(saver) as stop:
         events.training(state.step, job.course.steps)
-        hooks = [*_watchers(recipe, folder, state, scores, events), saver, stop]
+        hooks = [*([job.lisa] if job.lisa else []), *_watchers(recipe, folder, state, scores, events), saver, stop]
         if pruner:
             hooks.insert(0, Calls(pruner.after_backward, pruner.after_step))
         before = _traffic(job.decoder)
         train(job.decoder, job.batches, job.optimizer, job.course, state, job.clock, hooks, meter.peak)
         after = _traffic(job.decoder)
         timeline = job.decoder.streamer.engine.timeline() if job.decoder.streamer else []
+    if job.lisa:
+        job.lisa.end()
     if pruner:
         pruner.write(base, AdapterConfig.of(recipe), folder.path / "model")
         if recipe.quant == "nf4":
             pruner.write(base, AdapterConfig.of(recipe), folder.path / "model-nf4", nf4=True)
-    elif recipe.method in WEIGHTS:
+    elif recipe.method in CHANGES_MODEL:
         save_model(job, recipe, folder.path / "model", base)
     else:
         save_and_reload(job, recipe, folder.path / adapter, base.name)
@@ -180,7 +188,8 @@ def _train(
         settings, written = the_plan.settings, job.decoder.streamer.host.written()
         layers = (settings.streamed, the_plan.resident_layers)
         stream = stream_figures(before, after, *layers, settings.at_once, written)
-    return Trained(state, expected, scores.points, stream, timeline, scores.by_position())
+    turns = job.lisa.facts() if job.lisa else None
+    return Trained(state, expected, scores.points, stream, timeline, scores.by_position(), turns)
 
 
 def _make_small(

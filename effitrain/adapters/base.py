@@ -58,7 +58,7 @@ class AdapterConfig:
         return cls(
             kind=kind,
             r=recipe.lora_r,
-            alpha=recipe.lora_alpha,
+            alpha=recipe.lora_r if recipe.method == "lisa-delta" else recipe.lora_alpha,
             dropout=recipe.lora_dropout,
             targets=recipe.lora_targets,
             rslora=recipe.lora_rslora,

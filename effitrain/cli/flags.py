@@ -8,7 +8,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from effitrain.core.names import nearest_name
-from effitrain.core.recipe import LATER, Recipe, read_recipe_file
+from effitrain.core.recipe import Recipe, read_recipe_file
 
 MODEL_FIELDS = ("model", "weights")
 DATA_FIELDS = ("dataset", "format", "columns", "template", "train_on_prompt", "truncation", "packing", "join_documents")
@@ -45,10 +45,8 @@ def usage(error: click.UsageError) -> str:
 
 
 def _unknown_flag(error: click.NoSuchOption) -> str:
-    """A flag that the command does not have: it comes later, or which one was probably meant."""
+    """A flag that the command does not have: another verb's, or which one was probably meant."""
     name = error.option_name.lstrip("-").removeprefix("no-").replace("-", "_")
-    if feature := LATER.get(name):
-        return f"{error.option_name} belongs to {feature}, which this version does not have yet."
     if name in Recipe.model_fields:
         return f"{error.option_name} is for `effitrain run` and `effitrain plan`; this verb has no use for it."
     own = [param.name for param in error.ctx.command.params if param.name] if error.ctx else []
@@ -59,7 +57,7 @@ def _unknown_flag(error: click.NoSuchOption) -> str:
 def _option(name: str, field: FieldInfo, without: Container[str]) -> Callable[[Any], Any]:
     flag = "--" + name.replace("_", "-")
     names = [flag, "-o", name] if name == "output_dir" else [flag, name]
-    if field.annotation is bool:
+    if _bare(field.annotation) is bool:
         names[0] = f"{flag}/--no-{name.replace('_', '-')}"
         return click.option(*names, default=None, help=_help(field))
     return click.option(*names, default=None, metavar=_metavar(name, field, without), help=_help(field))

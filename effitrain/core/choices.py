@@ -59,7 +59,7 @@ def list_choices(
     choices = [_place(spec, recipe, settings, budget) for settings in _candidates(spec, recipe, budget, weights, work)]
     if not any(choice.fits(budget) for choice in choices):
         choices += [_place(spec, recipe, settings, budget) for settings in _tiled(choices, recipe)]
-    if recipe.optimizer is None and work == "train":
+    if recipe.optimizer is None and work == "train" and recipe.lisa_state == "reset":
         lean = replace(leanest(choices, budget).settings, optimizer="adamw8bit")
         choices.append(_place(spec, recipe, lean, budget))
     return choices

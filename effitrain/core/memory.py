@@ -12,14 +12,25 @@ from effitrain.core.blobs import SLOTS, blobs, placed, summed
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.layout import BLOCK, NESTED_BLOCK
 from effitrain.core.ledger import DISK, GPU, HOST, LedgerLine, Settings, gpu_bytes
-from effitrain.core.methods import WEIGHTS
+from effitrain.core.methods import CHANGES_MODEL, SAMPLED, WEIGHTS, adapter_kind
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import LayerSpec, LinearSpec, ModelSpec
 from effitrain.core.tiles import tiled_backward
-from effitrain.core.weights import active_layers, gradient_bytes, saved_by_norms, trained_tensors, trains_tables
+from effitrain.core.weights import (
+    active_layers,
+    adapting_layers,
+    busy_layers,
+    elements,
+    gradient_bytes,
+    master_lines,
+    optimizer_bytes,
+    returning_bytes,
+    saved_by_norms,
+    state_bytes,
+    trains_tables,
+    waiting_layers,
+)
 
-# bitsandbytes' 8-bit optimizer keeps tensors below this in 32 bits, and a 4-byte scale per 256 values of a moment.
-MIN_8BIT, STATE_BLOCK = 4096, 256
 # The fp32 logits of one chunk of rows take at most this, and a chunk has at least so many rows.
 LOSS_CHUNK_BYTES, LOSS_MIN_ROWS = 64 * 2**20, 16
 # Resident size of the process with every library loaded: 0.55 GiB measured with the CPU build of torch; data on top.
@@ -55,7 +66,8 @@ def held_lines(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: Memo
     return (
         *frozen_weights(spec, recipe, settings),
         *tables(spec, recipe, settings, budget.device),
-        *(_masters if recipe.method in WEIGHTS else _adapters)(spec, recipe, settings),
+        *(master_lines(spec, recipe, settings) if recipe.method in WEIGHTS else ()),
+        *(_adapters(spec, recipe, settings) if adapter_kind(recipe.method) else ()),
         *_trained_embedding(spec, recipe, budget.device),
         _gpu(OVERHEAD, budget.overhead_bytes, "CUDA context, workspaces, allocator slack"),
     )
@@ -74,28 +86,21 @@ def nf4_bytes(weights: int) -> int:
     return _ceil(weights, 2) + blocks + 4 * _ceil(blocks, NESTED_BLOCK)
 
 
-def optimizer_bytes(size: int, optimizer: str) -> int:
-    """Two moments of a tensor of ``size``: fp32, or 8-bit with scales. Paged ones count on the device, where used."""
-    if optimizer == "adamw" or size < MIN_8BIT:
-        return 8 * size
-    return 2 * size + 2 * 4 * _ceil(size, STATE_BLOCK)
-
-
-def saved_bytes(layer: LayerSpec, spec: ModelSpec, recipe: Recipe, c: int, trained: bool = False) -> tuple[int, int]:
+def saved_bytes(layer: LayerSpec, spec: ModelSpec, recipe: Recipe, c: int, trained: bool = True) -> tuple[int, int]:
     """Bytes a token that one layer's forward pass keeps for its backward pass: outside the MLP, and in it.
 
     Counts the storages that autograd holds for transformers' layers around our own linears. Outside: both norms keep
     their input in fp32 and a reciprocal root; attention q, k, v, its output and the logsumexp. In the MLP: gate, up
     and, for down's adapter, the product; Gemma's GeGLU is left to autograd, which keeps gelu(gate) as well. Adapters
-    keep their input, one for q, k, v and one for gate and up, and ``x A^T``. ``trained``: the layer's own weights are
-    trained, and they keep the inputs that adapters keep. Norms trained beside adapters keep what they scale, and
-    shifted sparse attention makes a second copy of its output out of its groups'.
+    keep their input, one for q, k, v and one for gate and up, and ``x A^T``; a layer's own weights, where they are
+    trained, the same inputs; neither, where nothing of the layer is ``trained``. Norms trained beside adapters keep
+    what they scale, and shifted sparse attention makes a second copy of its output out of its groups'.
     """
     rows = {linear.leaf: linear.out_features for linear in layer.linears}
-    keeps = trained or recipe.method not in WEIGHTS
-    on = {linear.leaf for linear in layer.linears if keeps and adapted(linear, recipe)}
+    on = {linear.leaf for linear in layer.linears if trained and adapted(linear, recipe)}
     queries, keys = rows["q_proj"], rows["k_proj"]
-    norms = 2 * (4 * spec.hidden + 4) + (saved_by_norms(layer, spec, c) if trained or recipe.train_norms else 0)
+    scales = recipe.train_norms or (trained and recipe.method in CHANGES_MODEL)
+    norms = 2 * (4 * spec.hidden + 4) + (saved_by_norms(layer, spec, c) if scales else 0)
     qk_norms = 4 * (queries + keys + (queries + keys) // spec.head_dim) if spec.qk_norm else 0
     attention = 2 * (queries + keys) * c + 4 * (queries // spec.head_dim)
     attention += queries * c if recipe.attention == "s2" and "o_proj" in on else 0
@@ -132,23 +137,27 @@ def _linears(spec: ModelSpec) -> Iterator[tuple[LinearSpec, int]]:
 
 
 def _layers(spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[LayerSpec, int, bool]]:
-    """The different layers, how many there are, and whether their own weights are trained."""
-    active = active_layers(spec, recipe)
+    """The different layers, how many there are, and whether anything of them is trained at a time."""
+    busy = busy_layers(spec, recipe)
     for layer, count in spec.shapes:
-        trained = min(active, count)
-        active -= trained
+        trained = min(busy, count)
+        busy -= trained
         yield from ((layer, number, own) for number, own in ((trained, True), (count - trained, False)) if number)
 
 
-def adapter_factors(spec: ModelSpec, recipe: Recipe) -> list[tuple[int, int]]:
-    """Sizes of the adapters' factors, ``A [r, in]`` and ``B [out, r]``, and how many there are of each."""
-    linears = [(linear, count) for linear, count in (*_linears(spec), (spec.head, 1)) if adapted(linear, recipe)]
+def adapter_factors(spec: ModelSpec, recipe: Recipe, layers: int | None = None) -> list[tuple[int, int]]:
+    """Sizes of the adapters' factors, ``A [r, in]`` and ``B [out, r]``, in all or some layers, and how many of each."""
+    share = Fraction(spec.num_layers if layers is None else layers, spec.num_layers)
+    in_layers = ((linear, int(count * share)) for linear, count in _linears(spec))
+    linears = [(linear, count) for linear, count in (*in_layers, (spec.head, 1)) if adapted(linear, recipe)]
     return [(recipe.lora_r * side, n) for linear, n in linears for side in (linear.in_features, linear.out_features)]
 
 
 def frozen_weights(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
     """Frozen weights of the resident layers, and the slots that streamed ones visit."""
-    place, active = placed(spec, settings), active_layers(spec, recipe)
+    place, active = placed(spec, settings), 0
+    if recipe.method in CHANGES_MODEL and not settings.streamed:
+        active = active_layers(spec, recipe)
     kinds = Counter(spec.kinds[layer] for layer in place.resident)
     resident = [(linear, count) for kind, count in kinds.items() for linear in spec.shapes[kind][0].linears]
     frozen = Fraction(len(place.resident) - active, max(1, len(place.resident)))
@@ -168,18 +177,20 @@ def frozen_weights(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple
 
 
 def _slots(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
-    if not settings.streamed:
+    returning = returning_bytes(spec, recipe, settings.dtype)
+    if not settings.streamed and not returning:
         return ()
     place = placed(spec, settings)
-    blob = max(blobs(spec, recipe, settings, place.streamed))
-    return (_gpu("streaming slots", place.slots * blob, f"{place.slots} x {blob:,} B, the largest layer"),)
+    blob, slots = max([returning, *blobs(spec, recipe, settings, place.streamed)]), SLOTS if returning else place.slots
+    return (_gpu("streaming slots", slots * blob, f"{slots} x {blob:,} B, the largest layer"),)
 
 
 def tables(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str) -> tuple[LedgerLine, ...]:
     """Frozen embedding, head, norms and biases, all in the compute dtype."""
     c, trained = settings.width, trains_tables(spec, recipe)
     table = f"V {spec.vocab} x h {spec.hidden} x {c} B"
-    frozen = Fraction(spec.num_layers - active_layers(spec, recipe), spec.num_layers)
+    with_masters = active_layers(spec, recipe) if recipe.method in CHANGES_MODEL else 0
+    frozen = Fraction(spec.num_layers - with_masters, spec.num_layers)
     small = int(frozen * sum(count * (layer.params - layer.weights) for layer, count in spec.shapes))
     small += 0 if trained else spec.hidden
     small -= sum(size * count for size, count in _norms(spec)) if recipe.train_norms else 0
@@ -215,32 +226,17 @@ def _trained_embedding(spec: ModelSpec, recipe: Recipe, device: str) -> tuple[Le
 
 
 def _adapters(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
-    factors = adapter_factors(spec, recipe) + (_norms(spec) if recipe.train_norms else [])
+    layers, norms = adapting_layers(spec, recipe), _norms(spec) if recipe.train_norms else []
     of = f"rank {recipe.lora_r}" + " and norms" * recipe.train_norms
-    weights = sum(size * count for size, count in factors)
+    weights = elements(adapter_factors(spec, recipe) + norms)
+    factors = adapter_factors(spec, recipe, layers) + norms if layers else []
+    trained = elements(factors)
     states = sum(count * optimizer_bytes(size, settings.optimizer) for size, count in factors)
     return (
         _gpu("adapter weights", 4 * weights, f"{weights:,} x 4 B ({of})"),
-        _gpu("adapter gradients", 4 * weights, f"{weights:,} x 4 B"),
-        _gpu("optimizer states", states, f"{weights:,} x {_state_bytes(settings)} ({settings.optimizer})"),
+        _gpu("adapter gradients", 4 * trained, f"{trained:,} x 4 B"),
+        _gpu("optimizer states", states, f"{trained:,} x {state_bytes(settings)} ({settings.optimizer})"),
     )
-
-
-def _masters(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
-    """Weights of the model itself that are trained."""
-    tensors = trained_tensors(spec, recipe)
-    weights = sum(size * count for size, count in tensors)
-    states = sum(count * optimizer_bytes(size, settings.optimizer) for size, count in tensors)
-    where = f"{active_layers(spec, recipe)} layers" + (", embedding, head" if trains_tables(spec, recipe) else "")
-    return (
-        _gpu("trained weights", 4 * weights, f"{weights:,} x 4 B ({where})"),
-        _gpu("gradients", 4 * weights, f"{weights:,} x 4 B"),
-        _gpu("optimizer states", states, f"{weights:,} x {_state_bytes(settings)} ({settings.optimizer})"),
-    )
-
-
-def _state_bytes(settings: Settings) -> str:
-    return "8 B" if settings.optimizer == "adamw" else f"(2 + 8/{STATE_BLOCK}) B, 8 B in tensors below {MIN_8BIT}"
 
 
 def _activations(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[LedgerLine, ...]:
@@ -277,7 +273,7 @@ def _activations(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[L
 def _casts(layer: LayerSpec, recipe: Recipe, c: int, with_mlp: bool = True) -> int:
     """Bytes of a layer's adapter weights in the compute dtype, which backward keeps where that is not fp32."""
     linears = [linear for linear in layer.linears if adapted(linear, recipe) and (with_mlp or _outside(linear))]
-    cast = c < 4 and recipe.method not in WEIGHTS
+    cast = c < 4 and adapter_kind(recipe.method)
     return sum(recipe.lora_r * (n.in_features + n.out_features) * c for n in linears) if cast else 0
 
 
@@ -324,24 +320,22 @@ def _layer_backward(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tupl
         return tiled_backward(layer, spec.hidden, settings, kept, casts, on_o, tile)
     tokens, c, h = settings.tokens, settings.width, spec.hidden
     down = next(linear for linear in layer.linears if linear.leaf == "down_proj")
-    trained = active_layers(spec, recipe) > 1  # the last layer too
-    outside, inside = saved_bytes(layer, spec, recipe, c, trained)
+    outside, inside = saved_bytes(layer, spec, recipe, c)  # the last layer is trained too, or may be
     again = {"none": 0, "mlp": inside - h * c, "layer": outside + inside}[settings.recompute]
     if settings.recompute == "layer" and c == 4:
         again -= 4 * h  # the first norm keeps the layer input itself, which is counted with the layer inputs
     lines = [_gpu("layer computed again", tokens * again, f"T {tokens} x {again:,} B")]
-    if recipe.method in WEIGHTS:
-        grads = gradient_bytes(down.weights, c) if trained else 0
-        if settings.recompute == "layer":  # all of a layer's are handed on together
-            grads = 4 * layer.params
-        formula = (
-            "of the layer, 4 B each" if settings.recompute == "layer" else f"of down_proj, {4 if c == 4 else c + 4} B"
-        )
-        lines.append(_gpu("weight gradients on their way", grads, formula))
-    elif settings.recompute != "none":
+    if recipe.method not in WEIGHTS and settings.recompute != "none":
         lines.append(_gpu("its adapter weights", _casts(layer, recipe, c), f"in {c} B each"))
     edges = 1 + (settings.recompute != "none")
-    return *lines, *_mlp_gradients("layer gradients", layer, recipe, tokens, edges, c)
+    lines += _mlp_gradients("layer gradients", layer, recipe, tokens, edges, c)
+    if recipe.method in WEIGHTS:
+        grads, formula = gradient_bytes(down.weights, c), f"down_proj: {down.weights:,} x {4 if c == 4 else c + 4} B"
+        if settings.recompute == "layer":  # a layer's are handed on together, when what was in the MLP is gone
+            gone = tokens * inside + gpu_bytes(lines[-1:]) - (edges + 2) * tokens * h * c
+            grads, formula = max(grads, 4 * layer.params - gone), f"up to a layer's {layer.params:,} x 4 B"
+        lines.append(_gpu("weight gradients on their way", grads, formula))
+    return tuple(lines)
 
 
 def _mlp_gradients(
@@ -352,7 +346,8 @@ def _mlp_gradients(
     ffn, h = down.in_features, down.out_features
     # down's adapter gives its share of the input's gradient first, and then has no use for its own input.
     on_down = adapted(down, recipe) and not recipe.lora_dropout
-    weight = down.weights * c + 4 * _ceil(down.weights, BLOCK) if recipe.quant == "nf4" else 0
+    quantised = recipe.quant == "nf4" and recipe.method not in WEIGHTS
+    weight = down.weights * c + 4 * _ceil(down.weights, BLOCK) if quantised else 0
     at_down, at_gate = (1 + on_down) * tokens * ffn * c + weight, 3 * tokens * ffn * c
     wide = f"T {tokens} x ({edges} x h {h} + {3 - on_down if at_gate > at_down else 1} x FFN {ffn}) x {c} B"
     size = tokens * (edges * h - on_down * ffn) * c + (at_gate if at_gate > at_down else at_down - weight)
@@ -375,6 +370,8 @@ def host_lines(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str)
         size = at_once * spec.num_layers * tokens * spec.hidden * c
         formula = f"{at_once} micro-batches x L {spec.num_layers} x T {tokens} x h {spec.hidden} x {c} B"
         lines.append(LedgerLine("layer inputs, offloaded", HOST, size, formula))
+    adapters = elements(adapter_factors(spec, recipe, 1)) if recipe.method in SAMPLED else 0
+    lines += waiting_layers(spec, recipe, settings, adapters)
     if settings.streamed:
         place, every = placed(spec, settings), range(spec.num_layers)
         held, read, store = (

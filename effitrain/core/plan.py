@@ -11,12 +11,14 @@ from effitrain.core.choices import CPU_MICRO_BATCH_TOKENS, SAMPLES_PER_STEP, Cho
 from effitrain.core.errors import BudgetError, InputError
 from effitrain.core.ledger import DISK, LedgerLine, Settings, Work, gpu_bytes, host_bytes
 from effitrain.core.memory import adapted, make_ledger
+from effitrain.core.methods import SAMPLED
 from effitrain.core.offers import Alternative, leaner, other_ways
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 from effitrain.core.speed import step_time, tokens_to_hide
 from effitrain.core.units import format_bytes
 from effitrain.core.ways import Way, ways
+from effitrain.core.weights import busy_layers, check_layers, trains_tables
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,13 @@ def make_plan(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work 
     forward passes alone, and the adapter that ``recipe`` names is there to be used.
 
     Raises:
-        InputError: the recipe adapts a linear that the model does not have, prunes what it cannot, or shifts groups
-            that hold whole samples.
+        InputError: the recipe adapts a linear that the model does not have, prunes what it cannot, shifts groups that
+            hold whole samples, or trains more layers at a time than there are.
     """
     if work == "train":
         _check_targets(spec, recipe)
         _check_group(recipe, sequence_length(spec, recipe))
+        check_layers(spec, recipe)
     possible = ways(spec, recipe, budget, work)
     way = next((way for way in possible if way.fits), None) or min(possible, key=lambda way: way.shortage)
     choice = way.best
@@ -214,6 +217,15 @@ def past_length(spec: ModelSpec, length: int) -> str | None:
     )
 
 
+def _explain_turns(way: Way, choice: Choice) -> Iterator[str]:
+    count, layers = busy_layers(choice.spec, way.recipe), choice.spec.num_layers
+    tables = trains_tables(choice.spec, way.recipe)
+    yield f"{count} of {layers} layers are trained at a time{', and embedding, head and last norm' * tables}."
+    waiting = next((line for line in choice.ledger if line.what == "trained layers"), None)
+    if waiting:
+        yield f"Layers that were trained wait in host memory and stream: {waiting.formula}."
+
+
 def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
     """Why the open settings came out as they did."""
     settings, recipe, have = choice.settings, way.recipe, format_bytes(budget.gpu_bytes)
@@ -226,6 +238,8 @@ def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
         )
     if settings.s2_group:
         yield f"Training attends within shifted groups of {settings.s2_group} tokens; evaluation attends in full."
+    if recipe.method in SAMPLED:
+        yield from _explain_turns(way, choice)
     if way.fit == "prune":
         yield "It trains on a pruned model, an approximation: the report tells how much of the gain arrives."
     for stage in way.stages:

@@ -12,22 +12,6 @@ from effitrain.core.errors import InputError
 from effitrain.core.names import nearest_name
 from effitrain.core.units import parse_bytes
 
-# Flags of the published command line whose feature this version does not have yet, and that feature.
-LATER = {
-    "lisa_layers": "LISA",
-    "lisa_interval": "LISA",
-    "lisa_state": "LISA",
-    "lisa_train_embeddings": "LISA",
-}
-# Values of published flags that later versions bring.
-LATER_VALUES = {
-    "method": {
-        "lisa": "LISA",
-        "lisa-lora": "LISA",
-        "lisa-delta": "LISA",
-    },
-}
-
 
 def _bytes(value: Any) -> int:
     try:
@@ -182,7 +166,9 @@ class Recipe(BaseModel):
         None, "Optimizer; adamw, or adamw8bit where only that fits", group="training"
     )
 
-    method: str = _flag("lora", "What is trained: an adapter kind, or full for every weight", group="adapter")
+    method: str = _flag(
+        "lora", "What is trained: adapters (lora), every weight (full), layers by turns (lisa ...)", group="adapter"
+    )
     lora_r: int = _flag(16, "Rank", group="adapter", ge=1)
     lora_alpha: float = _flag(32.0, "Alpha; the update is scaled by alpha / r", group="adapter", gt=0)
     lora_dropout: float = _flag(0.0, "Dropout on the adapter's input", group="adapter", ge=0, lt=1)
@@ -195,6 +181,18 @@ class Recipe(BaseModel):
         False, "Train the token embedding's rows, in host memory, beside the adapter", group="adapter"
     )
     init_adapter: str | None = _flag(None, "Go on from this adapter folder", group="adapter", min_length=1)
+
+    lisa_layers: int = _flag(2, "Layers trained at a time", group="lisa", ge=1)
+    lisa_interval: int = _flag(10, "Steps between changes of layers", group="lisa", ge=1)
+    lisa_sampling: Literal["uniform", "shuffle", "norm", "outliers"] = _flag(
+        "uniform", "Which layers: any, all in turn, or more often those of large weights or many outliers", group="lisa"
+    )
+    lisa_state: Literal["reset", "keep-host"] = _flag(
+        "reset", "Optimizer states of layers that leave: dropped, or kept in host memory", group="lisa"
+    )
+    lisa_train_embeddings: Annotated[bool | None, Auto] = _flag(
+        None, "Train embedding, head and last norm too; up to 3B parameters", group="lisa"
+    )
 
     prune_ratio: float | None = _flag(
         None, "Share of the pruned parts that goes; the smallest that fits", group="pruning", ge=0, lt=1
@@ -268,7 +266,6 @@ def make_recipe(fields: dict[str, Any]) -> Recipe:
         problems.append(str(error))
     if recipe is not None:
         problems += [*_contradictions(recipe), *methods.contradictions(recipe)]
-    problems += [_not_yet(key, known[key]) for key in LATER_VALUES if known.get(key) in LATER_VALUES[key]]
     if problems or recipe is None:
         raise InputError("\n".join(problems), next_step="effitrain run --help lists every flag.")
     return recipe
@@ -338,14 +335,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
 
 
 def _unknown(key: str) -> str:
-    if key in LATER:
-        return f"{_flag_name(key)} belongs to {LATER[key]}, which this version does not have yet."
     nearest = nearest_name(key, Recipe.model_fields)
     return f"Unknown key {key!r}." + (f" Did you mean {nearest!r}?" if nearest else "")
-
-
-def _not_yet(field: str, value: str) -> str:
-    return f"{_flag_name(field)} {value}: {LATER_VALUES[field][value]} is not in this version yet."
 
 
 def _describe(item: Any) -> str:

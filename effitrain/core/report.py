@@ -48,9 +48,9 @@ class Report:
     """A finished run.
 
     ``tokens`` went through the model in ``seconds`` of training, evaluation not counted; ``adapter`` is the adapter's
-    folder inside the run folder; ``stream`` and ``prune`` are None where the run did neither. ``positions``: of each
-    bucket of positions ``start`` and ``end``, the ``tokens`` scored, and their loss ``before`` and ``after`` training;
-    None where samples are short. ``rope``: how positions were scaled; None where they were not.
+    folder inside the run folder; ``stream``, ``prune`` and ``lisa`` are None where the run did none of it.
+    ``positions``: of each bucket of positions ``start`` and ``end``, the ``tokens`` scored, and their loss ``before``
+    and ``after`` training; None where samples are short. ``rope``: how positions were scaled; None where they were not.
     """
 
     model: str
@@ -69,6 +69,7 @@ class Report:
     prune: Mapping[str, Any] | None = None
     positions: Sequence[Mapping[str, Any]] | None = None
     rope: Mapping[str, Any] | None = None
+    lisa: Mapping[str, Any] | None = None
 
     @property
     def tokens_per_second(self) -> float:

@@ -9,6 +9,7 @@ from effitrain.core.choices import Choice, Weights, best, list_choices
 from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.ledger import Work
+from effitrain.core.methods import METHODS
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 from effitrain.core.stages import Stage, stages
@@ -74,13 +75,14 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "tr
         return [Way("prune", "resident", spec, recipe, budget, recipe.prune_ratio)]  # the whole model, masked
     if recipe.method == "full":
         return [Way("resident", "resident", spec, recipe, budget)]
+    can_prune = recipe.method not in METHODS
     can_stream = recipe.recompute in ("auto", "layer")
     ratios = PRUNE_RATIOS if recipe.prune_ratio is None else (recipe.prune_ratio,)
     resident = [Way("resident", "resident", spec, recipe, budget)] if recipe.resident_layers is None else []
     stream = [Way("stream", "streamed", spec, recipe, budget)] if can_stream else []
     prune: list[Way] = []
     asked = recipe.fit == "prune" or recipe.prune_ratio is not None
-    if asked or (recipe.fit == "auto" and spec.num_layers > 2):  # of two layers both are exempt
+    if asked or (recipe.fit == "auto" and spec.num_layers > 2 and can_prune):  # of two layers both are exempt
         cut = {ratio: small_spec(spec, recipe.changed(prune_ratio=ratio)) for ratio in ratios}
         kept: tuple[Weights, ...] = ("resident", "streamed") if can_stream else ("resident",)
         kept = kept if recipe.resident_layers is None else tuple(way for way in kept if way == "streamed")

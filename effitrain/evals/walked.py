@@ -4,7 +4,7 @@ One layer is on the device, and hidden states lie in host memory up to a bound: 
 text, and again for the next.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -52,6 +52,34 @@ def evaluate_walked(
         total = sum(_losses(walk, group), total)
         tokens += sum(batch.trained_tokens for batch in group)
     return Evaluation(total / tokens, tokens)
+
+
+def ends(
+    recipe: Recipe,
+    before: Base,
+    after: Base,
+    device: torch.device,
+    batches: Batches,
+    points: list[tuple[int, float]],
+    tell: Callable[[str, Evaluation], None] = lambda when, evaluation: None,
+) -> list[tuple[int, float]]:
+    """The first and last of ``points`` (step, loss) with the losses of whole models in full precision.
+
+    Args:
+        recipe: with its dtype chosen.
+        before: the model before training.
+        after: the model that training left.
+        device: where a layer computes.
+        batches: the evaluation set; where it is empty there are no points.
+        points: of the model as it was trained.
+        tell: told each evaluation.
+    """
+    plain, found = recipe.changed(quant="none"), []
+    for (step, _), base, when in zip(points[:1] + points[-1:], (before, after), ("before", "after"), strict=False):
+        evaluation = evaluate_walked(base, plain, device, batches)
+        tell(f"of the whole model {when}", evaluation)
+        found.append((step, evaluation.loss))
+    return found
 
 
 def _losses(walk: Walk, group: list[MicroBatch]) -> Iterator[float]:

@@ -176,8 +176,9 @@ class Decoder(nn.Module):
         def hold() -> AbstractContextManager[None]:
             return streamer.hold(index) if streamer is not None and streamed else nullcontext()
 
-        if torch.is_grad_enabled() and (streamed or self.recompute_layers):
-            parameters = trainable(layer)
+        parameters = trainable(layer) if torch.is_grad_enabled() else []
+        needed = torch.is_grad_enabled() and (x.requires_grad or bool(parameters))  # below it no backward pass comes
+        if needed and (streamed or self.recompute_layers):
             last: FrozenLinear = layer.mlp.last  # type: ignore[union-attr, assignment]
             return recompute(compute, x, parameters, last, self.offload, hold)
         with hold():

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effitrain.core.blobs import SLOTS
 from effitrain.core.errors import InputError
-from effitrain.core.placement import Placement
+from effitrain.core.placement import Placement, place
 from effitrain.core.positions import with_positions_of
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec, spec_from_config
+from effitrain.core.weights import returning_bytes
 from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.hub import (
     ModelSource,
@@ -149,11 +151,15 @@ def load_model(
     dtype = DTYPES[recipe.dtype]
     decoder = build(base.spec, base.source.config, base.name)
     host_embedding = device.type == "cuda" and not base.spec.tied
+    room = returning_bytes(base.spec, recipe, recipe.dtype)
     if placement is None:
-        return fill(decoder, base.weights(recipe.quant, dtype), recipe.quant, dtype, device, host_embedding, progress)
-    weights, source = _streamable(base, recipe, placement, device, stored)
+        weights = base.weights(recipe.quant, dtype)
+        fill(decoder, weights, recipe.quant, dtype, device, host_embedding, progress)
+        source = FreshLayers(base.spec, weights, recipe.quant, recipe.dtype, device)
+        return stream(decoder, source, place(base.spec.num_layers, base.spec.num_layers), device, slot_bytes=room)
+    weights, layers = _streamable(base, recipe, placement, device, stored)
     fill(decoder, weights, recipe.quant, dtype, device, host_embedding, progress, placement.streamed)
-    return stream(decoder, source, placement, device, progress)
+    return stream(decoder, layers, placement, device, progress, slot_bytes=room)
 
 
 def settle_threads(spec: ModelSpec, device: torch.device) -> None:
@@ -207,6 +213,7 @@ def stream(
     progress: Callable[[str], None] = lambda name: None,
     bytes_per_second: float | None = None,
     shapes_only: bool = False,
+    slot_bytes: int = 0,
 ) -> Decoder:
     """Let the layers that ``fill`` left out visit the device, from ``source``.
 
@@ -218,14 +225,16 @@ def stream(
         progress: told each layer's name when it waits where it should.
         bytes_per_second: on a CPU, the speed of the link to imitate.
         shapes_only: copy nothing, for steps that are run on fake tensors.
+        slot_bytes: room of a slot for layers that are to stream in another form later.
     """
     held = () if shapes_only else placement.in_host_memory
     host = HostLayers(source, held, device, lambda layer: progress(f"model.layers.{layer}"))
     for layer in sorted(placement.on_disk):
         progress(f"model.layers.{layer}")
     linears = {layer: frozen_linears(decoder.layers[layer]) for layer in placement.streamed}
-    if linears:
-        decoder.attach_streamer(Streamer(linears, host, placement.slots, device, bytes_per_second, shapes_only))
+    if linears or slot_bytes:
+        slots = SLOTS if slot_bytes else placement.slots
+        decoder.attach_streamer(Streamer(linears, host, slots, device, bytes_per_second, shapes_only, slot_bytes))
     return decoder
 
 

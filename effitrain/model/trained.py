@@ -19,7 +19,7 @@ from effitrain.quant.linear import FrozenLinear
 class TrainedLinear(nn.Module):
     """``y = x W^T + b`` with trained ``W`` [out, in] and ``b`` [out], float32, rounded to the dtype of ``x``.
 
-    ``base``: the frozen linear whose place it takes; it has no weight meanwhile.
+    ``base``: the frozen linear whose place it takes; where ``bias`` is None its own is added.
     """
 
     def __init__(self, base: FrozenLinear, weight: nn.Parameter, bias: nn.Parameter | None = None):
@@ -31,7 +31,8 @@ class TrainedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]; keeps ``x`` for backward, and no rounded weight."""
-        return _TrainedMatmul.apply(x, self.weight, self.bias, self.base)
+        bias = self.base.bias if self.bias is None else self.bias
+        return _TrainedMatmul.apply(x, self.weight, bias, self.base)
 
 
 class _TrainedMatmul(torch.autograd.Function):
@@ -93,16 +94,39 @@ def layer_weights(layer: nn.Module) -> dict[str, Tensor]:
     return {**found, **{name: parameter.detach() for name, parameter in layer.named_parameters()}}
 
 
-def train_layer(layer: nn.Module, masters: Mapping[str, nn.Parameter]) -> None:
-    """Have ``layer`` compute with ``masters``, by path; its frozen weights are let go."""
+def train_layer(layer: nn.Module, masters: Mapping[str, nn.Parameter], keep_frozen: bool = False) -> None:
+    """Have ``layer`` compute with ``masters``, by path; its frozen weights are let go, or kept for later."""
     for linear in frozen_linears(layer):
         name = linear.spec.name
-        trained = TrainedLinear(linear, masters[f"{name}.weight"], masters.get(f"{name}.bias"))
-        layer.set_submodule(name, trained)
-        linear.weight = linear.bias = None
-    for name in [name for name, _ in layer.named_parameters() if not name.endswith(("_proj.weight", "_proj.bias"))]:
-        path, _, leaf = name.rpartition(".")
-        setattr(layer.get_submodule(path), leaf, masters[name])
+        weight, bias = masters[f"{name}.weight"], masters.get(f"{name}.bias")
+        layer.set_submodule(name, TrainedLinear(linear, weight, bias))
+        if not keep_frozen:
+            linear.weight = linear.bias = None
+    for path, parameter in masters.items():
+        if not _of_linear(path):
+            _set_parameter(layer, path, parameter)
+
+
+def freeze_layer(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put the frozen linears back into their places, with ``weights``, by path, in the place of masters; a matrix that
+    is missing is left out.
+    """
+    for name, trained in [(n, m) for n, m in layer.named_modules() if isinstance(m, TrainedLinear)]:
+        trained.base.weight, trained.base.bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
+        layer.set_submodule(name, trained.base)
+    for path, weight in weights.items():
+        if not _of_linear(path):
+            _set_parameter(layer, path, nn.Parameter(weight, requires_grad=False))
+
+
+def _of_linear(path: str) -> bool:
+    """Whether a weight belongs to a linear, and not to a norm."""
+    return path.rpartition(".")[0].endswith("_proj")
+
+
+def _set_parameter(layer: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    module, _, leaf = path.rpartition(".")
+    setattr(layer.get_submodule(module), leaf, parameter)
 
 
 def train_tables(decoder: Decoder) -> None:

@@ -39,6 +39,7 @@ def write_report(
     prune: Mapping[str, Any] | None = None,
     positions: ByPosition | None = None,
     rope: Mapping[str, Any] | None = None,
+    lisa: Mapping[str, Any] | None = None,
 ) -> Report:
     """Write the report of a finished run; report.json comes last, for it marks the run as finished.
 
@@ -55,6 +56,7 @@ def write_report(
         prune: what pruning and recovery did, for a run that pruned.
         positions: losses on the evaluation set by position, where its samples are long.
         rope: what ``rope_figures`` says, where positions were scaled.
+        lisa: which layers were trained how often, and what they took, where layers took turns.
     """
     scored = [loss for _, loss in evals]
     report = Report(
@@ -69,6 +71,7 @@ def write_report(
         data=DataUse(data.samples, data.trained_share, data.truncated, data.dropped),
         versions=versions(),
         prune=prune,
+        lisa=lisa,
         adapter="adapter" if (folder / "adapter").is_dir() else None,
         warnings=tuple(_warnings(plan, data, evals, measured_peak_bytes, positions)),
         stream=stream,

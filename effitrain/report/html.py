@@ -47,6 +47,7 @@ def render_report(
         _section("Streaming", _pairs(report["stream"] or {}) + _picture("Layers by time", timeline_png)),
         _section("Pruning", _pairs(report["prune"] or {})),
         _section("Scaled positions", _pairs(report.get("rope") or {})),
+        _section("Layers by turns", _pairs(report.get("lisa") or {})),
         _section("Versions", _pairs(report["versions"])),
     ]
     return (

@@ -108,6 +108,12 @@ class Engine:
         self.traffic.planned += len(self._schedule.copies)
         self._issue()
 
+    def forget(self, layer: int) -> None:
+        """What slots hold of ``layer`` is out of date; between passes only."""
+        self.worker.wait()
+        self._raise_error()
+        self._holds = [None if held == layer else held for held in self._holds]
+
     @contextmanager
     def hold(self, layer: int) -> Iterator[int]:
         """The slot that holds ``layer``, as long as the context lasts.

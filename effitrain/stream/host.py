@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from effitrain.core.layout import Layout
+from effitrain.io.blob import Weight, views
 from effitrain.stream.pinned import pinned_empty
 
 
@@ -54,6 +55,26 @@ class HostLayers:
         self._versions = {layer: blob._version for layer, blob in self.blobs.items()}
         pageable = [layer for layer, blob in self.blobs.items() if device.type == "cuda" and not blob.is_pinned()]
         self.pageable = frozenset(pageable)
+        self._layouts: dict[int, Layout] = {}
+
+    def layout(self, layer: int) -> Layout:
+        """How the bytes of ``layer`` are laid out now."""
+        return self._layouts.get(layer) or self.source.layout(layer)
+
+    def put(self, layer: int, layout: Layout, blob: Tensor, device: torch.device) -> None:
+        """From now on ``layer`` is ``blob`` [layout.nbytes] uint8; whoever has its old bytes in a slot must be told."""
+        self.blobs[layer], self._layouts[layer] = blob, layout
+        if device.type == "cuda" and not blob.is_pinned():
+            self.pageable |= {layer}
+
+    def weights(self, layer: int) -> dict[str, Weight]:
+        """The weights of ``layer``, in host memory."""
+        layout = self.layout(layer)
+        blob = self.blobs.get(layer)
+        if blob is None:
+            blob = torch.empty(layout.nbytes, dtype=torch.uint8)
+            self.source.read_into(layer, blob)
+        return views(blob, layout)
 
     def written(self) -> int:
         """How many layers in memory an operation wrote to since they were read: frozen weights are only ever read."""

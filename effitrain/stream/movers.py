@@ -33,7 +33,7 @@ class CpuMover:
     def move(self, layer: int, slot: int) -> int:
         """Fill ``slot``; done when this returns."""
         started = time.perf_counter()
-        size = self.host.source.layout(layer).nbytes
+        size = self.host.layout(layer).nbytes
         target, blob = self.slots[slot][:size], self.host.blobs.get(layer)
         if blob is None:
             self.host.source.read_into(layer, target)
@@ -91,7 +91,7 @@ class CudaMover:
 
     def move(self, layer: int, slot: int) -> int:
         """Begin to fill ``slot``."""
-        size = self.host.source.layout(layer).nbytes
+        size = self.host.layout(layer).nbytes
         blob = self.host.blobs.get(layer)
         staged = blob is None or layer in self.host.pageable
         source = self._stage(layer, size) if staged else blob
@@ -143,4 +143,4 @@ class NoMover(CpuMover):
 
     def move(self, layer: int, slot: int) -> int:
         """Only say how much it would be."""
-        return self.host.source.layout(layer).nbytes
+        return self.host.layout(layer).nbytes

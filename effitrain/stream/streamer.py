@@ -24,6 +24,10 @@ class Streamer:
         device: where the layers compute.
         bytes_per_second: on a CPU, the speed of the link to imitate.
         shapes_only: copy nothing, for steps that are run on fake tensors.
+        slot_bytes: of a slot at least; room for layers that come in another form later.
+
+    Attributes:
+        resting: layers that stream no more until they are woken.
     """
 
     def __init__(
@@ -34,9 +38,11 @@ class Streamer:
         device: torch.device,
         bytes_per_second: float | None = None,
         shapes_only: bool = False,
+        slot_bytes: int = 0,
     ):
-        self.linears, self.host = linears, host
-        size = max(host.source.layout(layer).nbytes for layer in linears)
+        self.linears, self.host = dict(linears), host
+        self.resting: set[int] = set()
+        size = max([slot_bytes, *(host.layout(layer).nbytes for layer in linears)])
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
         mover: Mover
         if shapes_only:
@@ -49,14 +55,30 @@ class Streamer:
         self.engine = Engine(mover, slots, Inline() if shapes_only else Background())
         self._views: dict[tuple[int, int], dict[str, Weight]] = {}
         for layer in linears:
-            for slot, blob in enumerate(self.slots):
-                self._views[layer, slot] = self._shared(layer, slot, blob)
+            self._view(layer)
+
+    def rest(self, layer: int) -> None:
+        """``layer`` does not stream until it is woken; nothing where it does not stream."""
+        if self.linears.pop(layer, None) is not None:
+            self.resting.add(layer)
+
+    def wake(self, layer: int, linears: Sequence[FrozenLinear]) -> None:
+        """``layer`` streams from now on, with the bytes and the layout that ``host`` has of it."""
+        self.engine.forget(layer)
+        self.resting.discard(layer)
+        self.linears[layer] = linears
+        self._view(layer)
+
+    def _view(self, layer: int) -> None:
+        for slot, blob in enumerate(self.slots):
+            self._views.pop((layer, slot), None)
+            self._views[layer, slot] = self._shared(layer, slot, blob)
 
     def _shared(self, layer: int, slot: int, blob: Tensor) -> dict[str, Weight]:
         """Views of ``blob`` for ``layer``; layers of one layout share them."""
-        layout = self.host.source.layout(layer)
+        layout = self.host.layout(layer)
         for (other, where), known in self._views.items():
-            if where == slot and self.host.source.layout(other) == layout:
+            if where == slot and self.host.layout(other) == layout:
                 return known
         return views(blob, layout)
 

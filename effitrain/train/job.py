@@ -10,7 +10,7 @@ import torch
 
 from effitrain.adapters.base import Adapter, AdapterConfig, Clock
 from effitrain.adapters.full import load_in_full, trained_in_full
-from effitrain.adapters.storage import adapter_folder, load_into, read_adapter, save_adapter
+from effitrain.adapters.storage import load_into, read_adapter, save_adapter
 from effitrain.core.errors import InputError
 from effitrain.core.placement import Placement
 from effitrain.core.recipe import Recipe
@@ -20,9 +20,10 @@ from effitrain.model.decoder import Decoder
 from effitrain.model.load import DTYPES, Base, load_model
 from effitrain.model.save import write_model
 from effitrain.stream.offload import Offload
+from effitrain.train.lisa import Lisa
 from effitrain.train.loop import Course
 from effitrain.train.optim import make_optimizer
-from effitrain.train.state import TrainState, checkpoints, load_checkpoint, remove_after
+from effitrain.train.state import TrainState, checkpoints, load_checkpoint, remove_after, step_of
 from effitrain.train.trainable import make_trainable
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job:
-    """The loop's parts, and the course it runs."""
+    """The loop's parts, and the course it runs; ``lisa`` is one of its hooks, where layers take turns."""
 
     decoder: Decoder
     adapters: dict[str, Adapter]
@@ -39,6 +40,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     batches: Batches
     course: Course
+    lisa: Lisa | None = None
 
 
 def assemble(
@@ -66,15 +68,13 @@ def assemble(
     decoder = load_model(base, recipe, device, progress, placement, stored)
     keep_less(decoder, recipe, at_once)
     clock = Clock(recipe.seed)
-    adapters = make_trainable(decoder, recipe, clock)
-    if recipe.init_adapter:
-        bundle = read_adapter(adapter_folder(recipe.init_adapter))
-        load_into(adapters, bundle, recipe.init_adapter)
-        load_in_full(decoder, bundle.full)
-    trainable: dict[str, torch.Tensor] = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(chosen(recipe.optimizer), trainable.values(), chosen(recipe.lr), recipe.weight_decay)
+    made = make_trainable(decoder, recipe, clock, base.weights)
+    optimizer = make_optimizer(chosen(recipe.optimizer), made.parameters, chosen(recipe.lr), recipe.weight_decay)
+    if made.lisa:
+        made.lisa.optimizer = optimizer
     batches = make_batches(tokens, recipe)
-    return Job(decoder, adapters, clock, trainable, optimizer, batches, _course(recipe, batches, at_once))
+    course = _course(recipe, batches, at_once)
+    return Job(decoder, made.adapters, clock, made.tensors, optimizer, batches, course, made.lisa)
 
 
 def keep_less(decoder: Decoder, recipe: Recipe, at_once: int = 1) -> None:
@@ -117,6 +117,8 @@ def resume(recipe: Recipe, folder: Path, job: Job, tell: Callable[[str], None]) 
         newest = next(reversed(checkpoints(folder)), None)
     elif recipe.resume != "never":
         newest = Path(recipe.resume)
+    if job.lisa:
+        job.lisa.begin(step_of(newest) if newest else 0)
     state = load_checkpoint(newest, job.trainable, job.optimizer) if newest else TrainState()
     if state.step > job.course.steps:
         raise InputError(
@@ -131,7 +133,8 @@ def resume(recipe: Recipe, folder: Path, job: Job, tell: Callable[[str], None]) 
 
 def save_model(job: Job, recipe: Recipe, target: Path, base: Base) -> None:
     """Save the model with its trained weights as a folder, rounded as they were in the last forward pass."""
-    write_model(target, base, job.trainable, DTYPES[recipe.dtype])
+    trained = {**job.lisa.always, **job.lisa.home.trained()} if job.lisa else job.trainable
+    write_model(target, base, trained, DTYPES[recipe.dtype])
 
 
 def save_and_reload(job: Job, recipe: Recipe, target: Path, base_name: str) -> None:

@@ -19,12 +19,13 @@ from effitrain.adapters.base import Clock
 from effitrain.core.blobs import SLOTS
 from effitrain.core.cut import small_spec
 from effitrain.core.ledger import GPU
-from effitrain.core.memory import MIN_8BIT, OVERHEAD, STATE_BLOCK
+from effitrain.core.memory import OVERHEAD
+from effitrain.core.methods import SAMPLED
 from effitrain.core.placement import Placement, place
 from effitrain.core.plan import Plan, resolve
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
-from effitrain.core.weights import trains_tables
+from effitrain.core.weights import MIN_8BIT, STATE_BLOCK, busy_layers, returning_bytes, trains_tables
 from effitrain.data.batches import MicroBatch
 from effitrain.io.synthetic import EmptyCheckpoint, shapes_of
 from effitrain.model.decoder import Decoder, build
@@ -32,6 +33,7 @@ from effitrain.model.load import DTYPES, fill, stream
 from effitrain.quant.nf4 import warm_up
 from effitrain.stream.fresh import FreshLayers
 from effitrain.train.job import chosen, keep_less
+from effitrain.train.lisa import extremes
 from effitrain.train.loss import backward_by_layer, loss_sum
 from effitrain.train.memory import StorageTracker, model_tensors, optimizer_tensors
 from effitrain.train.optim import gradients, make_optimizer, scale
@@ -96,6 +98,7 @@ class Step:
         device: on ``cuda`` an untied embedding lies on the host.
         streamed: by layer, whether it only visits the device.
         at_once: micro-batches that pass each layer together.
+        trained: by layer, whether anything of it is trained.
     """
 
     spec: ModelSpec
@@ -104,6 +107,12 @@ class Step:
     device: str
     streamed: tuple[bool, ...]
     at_once: int = 1
+    trained: tuple[bool, ...] = ()
+
+    @property
+    def active(self) -> list[int] | None:
+        """The layers that LISA trains; None for other methods."""
+        return [i for i, one in enumerate(self.trained) if one] if self.recipe.method in SAMPLED else None
 
     @property
     def host_embedding(self) -> bool:
@@ -128,8 +137,10 @@ def proved(plan: Plan, spec: ModelSpec, config: Mapping[str, Any], recipe: Recip
     masked = full.prune_method == "loraprune"  # trains the whole model
     trained = spec if ratio is None or masked else small_spec(spec, full)
     placement = place(spec.num_layers, plan.resident_layers, SLOTS)
-    streamed = tuple(layer in placement.streamed for layer in range(spec.num_layers))
-    tracked = track(Step(trained, config, full, device, streamed, settings.at_once))
+    active = extremes(spec.num_layers, busy_layers(spec, full)) if full.method in SAMPLED else range(spec.num_layers)
+    streamed = _with_active(placement, active if full.method in SAMPLED else ())
+    busy = tuple(layer in active for layer in range(spec.num_layers))
+    tracked = track(Step(trained, config, full, device, streamed, settings.at_once, busy))
     held = (tracked.frozen, tracked.adapters, tracked.optimizer)
     parts = dict(zip(COMPONENTS, (*held, tracked.peak - sum(held)), strict=True))
     predicted = Counter[str]()
@@ -144,11 +155,22 @@ def proved(plan: Plan, spec: ModelSpec, config: Mapping[str, Any], recipe: Recip
     return replace(plan, proof=proof)
 
 
+def _with_active(placement: Placement, active: Sequence[int]) -> tuple[bool, ...]:
+    """By layer, whether it streams: as many as ``placement`` says, and first of all the layers that LISA trains, whose
+    frozen weights then free no memory of the device.
+    """
+    others = [layer for layer in placement.streamed if layer not in active]
+    streamed = {*active, *others} if placement.streamed else set()
+    for layer in others[: max(0, len(streamed) - len(placement.streamed))]:
+        streamed.remove(layer)
+    return tuple(layer in streamed for layer in range(placement.num_layers))
+
+
 def track(step: Step) -> Tracked:
     """The bytes of a step."""
     kinds = [
-        (layer.linears, layer.other_params, visits)
-        for layer, visits in zip(step.spec.layers, step.streamed, strict=True)
+        (layer.linears, layer.other_params, trained, visits)
+        for layer, visits, trained in zip(step.spec.layers, step.streamed, step.trained, strict=True)
     ]
     counts = Counter(kinds)
     kept = {kind: min(KEPT_STREAMED if kind[-1] else KEPT, count) for kind, count in counts.items()}
@@ -170,8 +192,9 @@ def _thinned(step: Step, kinds: Sequence[Any], numbers: Mapping[Any, int]) -> St
             picked.insert(0, index)
     layers = tuple(replace(step.spec.layers[index], index=place) for place, index in enumerate(picked))
     config = {**step.config, "num_hidden_layers": len(layers)}
-    visits = tuple(step.streamed[index] for index in picked)
-    return replace(step, spec=replace(step.spec, layers=layers), config=config, streamed=visits)
+    visits, trained = (tuple(flags[index] for index in picked) for flags in (step.streamed, step.trained))
+    spec = replace(step.spec, layers=layers)
+    return replace(step, spec=spec, config=config, streamed=visits, trained=trained)
 
 
 def _run(step: Step) -> Tracked:
@@ -246,12 +269,13 @@ def _model(step: Step) -> Decoder:
     visiting = [layer for layer, visits in enumerate(step.streamed) if visits]
     decoder = build(step.spec, step.config, step.spec.name)
     fill(decoder, weights, recipe.quant, dtype, device, streamed=visiting)
-    if visiting:
-        resident = frozenset(range(step.spec.num_layers)) - set(visiting)
-        placement = Placement(step.spec.num_layers, resident, frozenset(), min(SLOTS, len(visiting)))
-        source = FreshLayers(step.spec, weights, recipe.quant, recipe.dtype)
-        stream(decoder, source, placement, device, shapes_only=True)
-    make_trainable(decoder, recipe, Clock(recipe.seed))
+    resident = frozenset(range(step.spec.num_layers)) - set(visiting)
+    placement = Placement(step.spec.num_layers, resident, frozenset(), min(SLOTS, len(visiting)))
+    source = FreshLayers(step.spec, weights, recipe.quant, recipe.dtype)
+    room = returning_bytes(step.spec, recipe, recipe.dtype)
+    stream(decoder, source, placement, device, shapes_only=True, slot_bytes=room)
+    plain = EmptyCheckpoint(shapes_of(step.spec), 0, False, dtype)
+    make_trainable(decoder, recipe, Clock(recipe.seed), lambda: plain, step.active)
     keep_less(decoder, recipe, step.at_once)
     return decoder
 

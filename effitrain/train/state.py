@@ -88,6 +88,19 @@ def check_checkpoint(folder: Path) -> None:
         raise InputError(f"{folder} is not a checkpoint: it has no state.json.", next_step="Name a step-N of a run.")
 
 
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint was saved after.
+
+    Raises:
+        InputError: it is no checkpoint, or damaged.
+    """
+    check_checkpoint(folder)
+    try:
+        return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder} is damaged: state.json cannot be read.", next_step="Copy it again.") from None
+
+
 def load_checkpoint(folder: Path, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> TrainState:
     """Restore weights and optimizer in place from one checkpoint.
 

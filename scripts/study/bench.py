@@ -15,6 +15,8 @@ from effitrain.adapters.base import Adapter, AdapterConfig, Clock
 from effitrain.adapters.storage import AdapterBundle, load_into
 from effitrain.core.cut import cut_widths
 from effitrain.core.keep import KeepMap
+from effitrain.core.methods import CHANGES_MODEL, WEIGHTS, adapter_kind
+from effitrain.core.recipe import make_recipe
 from effitrain.data.batches import Batches
 from effitrain.data.tokenized import TokenSet
 from effitrain.evals.perplexity import evaluate_loss
@@ -31,6 +33,7 @@ from effitrain.train.hooks import Hook
 from effitrain.train.loop import Course, train
 from effitrain.train.optim import make_optimizer
 from effitrain.train.state import TrainState
+from effitrain.train.trainable import make_trainable
 
 LORA = AdapterConfig(r=8, alpha=16)
 CPU = torch.device("cpu")
@@ -97,6 +100,29 @@ class Bench:
         train(decoder, batches, optimizer, course, TrainState(), Clock(seed), made)
         return adapters
 
+    def tune(self, steps: int, rows: int, seed: int, **fields: Any) -> float:
+        """The test loss after training with a method of ``run`` on unquantised weights, ``rows`` rows a step; of
+        adapters the rank is 8 where none is given.
+        """
+        rank = {} if fields["method"] in CHANGES_MODEL else {"lora_r": 8, **fields}
+        scale = {"lora_alpha": 16} if adapter_kind(fields["method"]) and fields["method"] not in WEIGHTS else {}
+        tables = {"lisa_train_embeddings": False} if fields["method"] == "lisa" else {}
+        recipe = make_recipe({"quant": "none", "dtype": "fp32", "seed": seed, **fields, **rank, **scale, **tables})
+        decoder = self.decoder()
+        made = make_trainable(decoder, recipe, Clock(seed), lambda: self.weights)
+        optimizer = make_optimizer("adamw", made.parameters, fields["lr"], 0.0)
+        hooks: list[Hook] = []
+        if made.lisa:
+            made.lisa.optimizer = optimizer
+            made.lisa.begin(0)
+            hooks.append(made.lisa)
+        course = Course(steps, steps, 1, fields["lr"], "cosine", warmup=1 / 6)
+        batches = Batches(self.train_set, rows, self.length, False, seed)
+        train(decoder, batches, optimizer, course, TrainState(), Clock(seed), hooks)
+        if made.lisa:
+            made.lisa.end()
+        return self.loss(decoder)
+
     def loss(self, decoder: Decoder) -> float:
         """On the test rows."""
         return evaluate_loss(decoder, Batches(self.test_set, 25, self.length, False, 0)).loss
@@ -125,6 +151,12 @@ class Bench:
         count = len(ids) // self.length if rows is None else min(rows, len(ids) // self.length)
         array = np.array(ids[: count * self.length], dtype=np.int32)
         return TokenSet(array, array.copy(), np.arange(0, count * self.length + 1, self.length))
+
+
+def alpaca(data: Path) -> list[str]:
+    """Instructions with their answers, as text."""
+    rows = json.loads((data / "instruct/alpaca/alpaca_2000.json").read_text(encoding="utf-8"))
+    return [f"{row['instruction']}\n{row['input']}\n{row['output']}\n" for row in rows]
 
 
 def gsm8k(data: Path, part: str) -> list[str]:

@@ -18,7 +18,7 @@ USAGE = {
     "misspelt flag": (lambda p: ["run", "--bach-size", "4"], ("--bach-size", "--batch-size")),
     "flag of other tools": (lambda p: ["run", "--learning-rate", "1"], ("--learning-rate", "mean --lr?", "--help")),
     "flag of another verb": (lambda p: ["recover", "--lora-rank", "4"], ("--lora-rank", "recover --help")),
-    "flag of a later version": (lambda p: ["run", "--lisa-layers", "2"], ("--lisa-layers", "LISA")),
+    "flag of another method": (lambda p: ["run", "--lisa-layers", "3"], ("--lisa-layers", "--method lisa")),
     "flag without a value": (lambda p: ["run", "--model"], ("--model", "argument", "--help")),
     "word that is no flag": (lambda p: ["run", "llama-70b"], ("llama-70b",)),
     "export of nothing": (lambda p: ["export", "--model", "tiny"], ("--adapter",)),

@@ -32,6 +32,7 @@ RUN = f"""
     --attention --s2-group --rope-scaling --rope-factor
     --train-norms --no-train-norms --train-embeddings --no-train-embeddings
     --method --lora-r --lora-alpha --lora-dropout --lora-targets --lora-rslora --no-lora-rslora --init-adapter
+    --lisa-layers --lisa-interval --lisa-sampling --lisa-state --lisa-train-embeddings --no-lisa-train-embeddings
     --prune-method
     --prune-ratio --prune-parts --prune-score --prune-ranking --prune-round --prune-exempt --align --calib-dataset
     --small-model
@@ -156,6 +157,10 @@ PRUNING = {
     "prune_ratio": 0.25, "prune_parts": "ffn", "prune_score": "magnitude", "prune_round": 32, "prune_exempt": (1, 0),
     "align": "bias", "calib_dataset": "other", "prune_ranking": "global",
 }  # fmt: skip
+LISA = {
+    "lisa_layers": 2, "lisa_interval": 2, "lisa_sampling": "shuffle", "lisa_state": "keep-host",
+    "lisa_train_embeddings": True,
+}  # fmt: skip
 REFUSED = {
     "prune_method": "loraprune",
     "small_model": "nowhere",
@@ -165,7 +170,7 @@ REFUSED = {
 
 
 def test_every_field_has_its_place():
-    places = [*PLAN, *TOKENS, *TRAINING, *FILES, *PRUNING, *REFUSED]
+    places = [*PLAN, *TOKENS, *TRAINING, *FILES, *PRUNING, *LISA, *REFUSED]
     assert sorted({*places}) == sorted(Recipe.model_fields)
 
 
@@ -284,6 +289,26 @@ def test_fields_that_change_the_small_model(base, changed, tmp_path, field):
     asked = changed("dataset", base["dataset"]).changed(**pruned)
     value = str(Path(base["dataset"]).with_name("other.jsonl")) if field == "calib_dataset" else PRUNING[field]
     assert view(asked, "before") != view(asked.changed(**{field: value}), "after")
+
+
+@pytest.mark.parametrize("field", LISA)
+def test_fields_that_change_which_layers_are_trained(changed, tmp_path, field):
+    """Of a run by turns; ``tests/train/test_lisa.py`` says how."""
+    from effitrain import api
+
+    beside = {
+        "method": "lisa", "lisa_layers": 1, "lisa_interval": 1, "max_steps": 6, "lisa_train_embeddings": False,
+    }  # fmt: skip
+    beside |= {"lora_r": 16}
+
+    def view(asked: Recipe, name: str) -> bytes:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("effitrain.report.files.loss_png", lambda *drawn: b"")
+            api.run(asked.changed(output_dir=str(tmp_path / name)))
+        return (tmp_path / name / "model" / "model.safetensors").read_bytes()
+
+    before = changed("seed", 42, **beside)
+    assert view(before, "before") != view(before.changed(**{field: LISA[field]}), "after")
 
 
 @pytest.mark.parametrize("field", REFUSED)

@@ -8,7 +8,7 @@ from effitrain.core.report import DataUse, Losses, Memory, Report
 
 KEYS = {
     *("model", "fit", "method", "steps", "tokens", "seconds", "tokens_per_second", "loss", "memory", "data"),
-    *("stream", "prune", "positions", "rope", "adapter", "versions", "warnings"),
+    *("stream", "prune", "lisa", "positions", "rope", "adapter", "versions", "warnings"),
 }
 
 
@@ -38,7 +38,12 @@ def test_keys_are_the_contract(report):
     }
     assert set(content["data"]) == {"samples", "trained_share", "truncated", "dropped"}
     assert content["tokens_per_second"] == 2000
-    assert content["stream"] is None and content["prune"] is None and content["adapter"] == "adapter"
+    assert (
+        content["stream"] is None
+        and content["prune"] is None
+        and content["lisa"] is None
+        and content["adapter"] == "adapter"
+    )
 
 
 def test_reads_back_what_it_wrote(report, tmp_path):

@@ -15,7 +15,7 @@ PLAN_KEYS = {
 }
 REPORT_KEYS = {
     *("model", "fit", "method", "steps", "tokens", "seconds", "tokens_per_second", "loss", "memory", "data"),
-    *("stream", "prune", "positions", "rope", "adapter", "versions", "warnings"),
+    *("stream", "prune", "lisa", "positions", "rope", "adapter", "versions", "warnings"),
 }
 METRICS_KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "device_peak_bytes"}
 

@@ -63,6 +63,7 @@ def report() -> dict:
         "stream": None,
         "prune": None,
         "positions": None,
+        "lisa": None,
         "adapter": "adapter",
         "versions": {"torch": "2.13.0", "effitrain": "0.1.0"},
         "warnings": [],

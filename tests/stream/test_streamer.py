@@ -243,3 +243,34 @@ def test_norms_and_mlps_in_tiles(resident, trial, micro_batches):
         streamed.decoder.set_tile(7)
         for at_once in (1, 3):
             assert equal(streamed.step(micro_batches(), at_once), expected)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_layer_that_comes_back_in_another_form_is_not_mistaken_for_the_old_one(tiny_model, trial, slots):
+    """One streamed layer, so that its slot still holds the old bytes when the new ones are put in their place."""
+    from effitrain.core.layout import layer_layout
+    from effitrain.io.blob import views
+    from effitrain.model.load import frozen_linears
+
+    made = trial(tiny_model("llama", layers=LAYERS), place(LAYERS, LAYERS - 1, slots), "none")
+    decoder = made.decoder
+    streamer = decoder.streamer
+    (layer,) = streamer.linears
+    linears = frozen_linears(decoder.layers[layer])
+
+    def held() -> torch.Tensor:
+        streamer.begin_pass()
+        with streamer.hold(layer):
+            return linears[0].weight.clone()
+
+    before = held()
+    streamer.rest(layer)
+    assert layer not in streamer and streamer.resting == {layer}
+    layout = layer_layout(decoder.spec.layers[layer], lambda linear: "bf16")
+    blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    views(blob, layout)[linears[0].spec.name].fill_(2.5)
+    streamer.host.put(layer, layout, blob, torch.device("cpu"))
+    streamer.wake(layer, linears)
+    after = held()
+    assert before.dtype == torch.float32 and not (before == 2.5).any()
+    assert after.dtype == torch.bfloat16 and (after == 2.5).all() and not streamer.resting

@@ -99,6 +99,36 @@ def short_of(spec: ModelSpec, recipe: Recipe) -> MemoryBudget:
     return replace(CUDA, host_bytes=sum(ledger.values()) - ledger["streamed layers"] - inputs)
 
 
+LISA: dict[str, tuple[str, dict[str, Any]]] = {
+    "kept": ("llama-3.2-1b", {"method": "lisa", "quant": "none", "recompute": "none"}),
+    "one layer": ("llama-3.2-1b", {"method": "lisa", "quant": "none", "recompute": "layer", "lisa_layers": 1}),
+    "tables": (
+        "llama-3.1-8b",
+        {"method": "lisa", "quant": "none", "lisa_train_embeddings": True, "recompute": "layer"},
+    ),
+    "quantised": ("llama-3.2-1b", {"method": "lisa", "recompute": "mlp"}),
+    "streamed": ("llama-3.1-8b", {"method": "lisa", "fit": "stream", "resident_layers": 8}),
+    "adapters": ("llama-3.1-8b", {"method": "lisa-lora", "recompute": "none"}),
+    "adapters, streamed": ("llama-70b", {"method": "lisa-lora", "fit": "stream", "resident_layers": 4}),
+    "delta": ("llama-3.1-8b", {"method": "lisa-delta", "lora_r": 64, "recompute": "layer"}),
+    "delta, streamed": ("llama-70b", {"method": "lisa-delta", "lora_r": 64, "fit": "stream", "lisa_layers": 1}),
+}
+
+
+@pytest.mark.parametrize("way", LISA)
+@pytest.mark.parametrize("device", ["cuda", pytest.param("cpu", marks=pytest.mark.slow)])
+def test_layers_by_turns_are_predicted_too(device: str, way: str) -> None:
+    """With the layers trained that take most: the first, where the backward pass ends, and the last."""
+    model, fields = LISA[way]
+    spec, config = preset(model)
+    budget = CUDA if device == "cuda" else replace(CUDA, device="cpu", overhead_bytes=0)
+    fixed = {"max_seq_len": 1024, "batch_size": 1, "optimizer": "adamw", "stream_order": "micro-batch"}
+    tables = {"lisa_train_embeddings": False} if fields["method"] == "lisa" else {}
+    recipe = make_recipe({**fixed, "offload_activations": "off", **tables, **fields})
+    proof = proved(make_plan(spec, recipe, budget), spec, config, recipe, device).proof
+    assert proof is not None and abs(proof["error"]) < 0.03
+
+
 def error_of(model: str, way: str, tokens: int, optimizer: str) -> float:
     spec, config = preset(model)
     fields = {"max_seq_len": tokens, "batch_size": 1, "optimizer": optimizer, **WAYS[way]}
@@ -205,6 +235,10 @@ CPU_WAYS: dict[str, dict[str, Any]] = {
     "shifted": {"attention": "s2", "recompute": "layer"},
     "norms": {"train_norms": True},
     "norms and embedding": {"train_norms": True, "train_embeddings": True, "recompute": "mlp"},
+    "lisa": {"method": "lisa", "quant": "none", "lisa_train_embeddings": False},
+    "lisa, quantised": {"method": "lisa", "lisa_train_embeddings": False, "recompute": "layer"},
+    "lisa-lora": {"method": "lisa-lora"},
+    "lisa-delta": {"method": "lisa-delta"},
 }
 
 
