@@ -16,7 +16,7 @@ from effitrain.adapters.base import Clock, check_method
 from effitrain.adapters.full import check_kept, load_in_full
 from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.storage import AdapterBundle, adapter_folder, load_into, read_adapter, save_adapter
-from effitrain.carry_out import aligning_run, cap, carry_out, placement_of
+from effitrain.carry_out import aligning_run, carry_out
 from effitrain.core.budget import CUDA_SLACK_BYTES, MemoryBudget
 from effitrain.core.choices import compute_dtype, sequence_length
 from effitrain.core.cut import small_spec
@@ -55,6 +55,7 @@ from effitrain.train.memory import cuda_context_bytes
 from effitrain.train.probe import OverBudget
 from effitrain.train.proof import proved
 from effitrain.train.state import check_checkpoint, checkpoints
+from effitrain.training import cap, placement_of
 
 __all__ = ["Events", "chat", "evaluate", "export", "plan", "prove", "prune", "recipe", "recover", "run"]
 

@@ -103,7 +103,13 @@ def rope_figures(recipe: Recipe, spec: ModelSpec, base: str, folder: Path) -> di
 
 
 def stream_figures(
-    before: Traffic | None, after: Traffic, streamed: int, resident: int, at_once: int, written: int
+    before: Traffic | None,
+    after: Traffic,
+    streamed: int,
+    resident: int,
+    at_once: int,
+    written: int,
+    allocations: int | None,
 ) -> dict[str, Any]:
     """The ``stream`` part of the report: what was copied between two counts, those before and after training.
 
@@ -114,6 +120,7 @@ def stream_figures(
         resident: layers that stay there.
         at_once: micro-batches that pass a layer together.
         written: layers in host memory that were written to.
+        allocations: requests for device memory after the second step; None on a CPU, or where no third was taken.
     """
     past = before or Traffic()
     part = Traffic(
@@ -131,6 +138,7 @@ def stream_figures(
         "copies": part.copies,
         "copies_planned": part.planned,
         "layers_copied_back": written,
+        "allocations_in_steady_state": allocations,
         "copy_seconds": part.copy_seconds,
         "wait_seconds": part.wait_seconds,
         "hidden_share": part.hidden_share,

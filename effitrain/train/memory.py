@@ -123,6 +123,11 @@ def cuda_context_bytes() -> int:
     return max(held - reserved, 0)
 
 
+def device_allocations(device: torch.device) -> int | None:
+    """How often the device was asked for memory, which ruins overlap; None on a CPU, where nobody counts."""
+    return torch.cuda.memory_stats(device)["num_device_alloc"] if device.type == "cuda" else None
+
+
 def cap_memory(budget_bytes: int, context_bytes: int) -> None:
     """Make torch's allocator raise OutOfMemoryError rather than take more of the card than a budget leaves it.
 

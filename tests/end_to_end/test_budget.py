@@ -83,7 +83,7 @@ def test_the_first_model_is_gone_before_the_second_is_loaded(asked, monkeypatch)
         decoders.append(weakref.ref(job.decoder))
         return job
 
-    monkeypatch.setattr("effitrain.carry_out.assemble", assemble)
+    monkeypatch.setattr("effitrain.training.assemble", assemble)
     monkeypatch.setattr(api, "make_plan", lying(1))
     api.run(asked.changed(gpu_mem=between(asked)))
     assert still_there == [[], []]

@@ -88,3 +88,9 @@ def test_the_adapter_evaluates_and_answers(asked, tmp_path):
     assert with_adapter == pytest.approx(report.loss.eval_after, rel=0.3)
     question = [{"role": "user", "content": data[0]["prompt"]}]
     assert isinstance("".join(api.chat(done, str(tmp_path / "out")).answer(question, 8)), str)
+
+
+def test_a_streamed_run_says_how_often_memory_was_asked_for(asked):
+    report = api.run(asked("streamed", fit="stream", resident_layers=0))
+    assert report.stream["copies"] == report.stream["copies_planned"]
+    assert isinstance(report.stream["allocations_in_steady_state"], int)

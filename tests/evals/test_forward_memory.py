@@ -10,7 +10,6 @@ import torch
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
-from effitrain.carry_out import placement_of
 from effitrain.core.budget import GIB, MemoryBudget
 from effitrain.core.plan import Plan, make_plan, resolve
 from effitrain.core.presets import find_preset
@@ -21,6 +20,7 @@ from effitrain.model.load import find_base, load_model
 from effitrain.train import proof
 from effitrain.train.loss import loss_sums
 from effitrain.train.memory import StorageTracker, model_tensors
+from effitrain.training import placement_of
 
 CUDA, CPU = MemoryBudget(2**50, 2**50, GIB, "cuda"), MemoryBudget(2**50, 2**50, 0, "cpu")
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from effitrain.carry_out import placement_of
 from effitrain.core.budget import CUDA_OVERHEAD_BYTES, GIB, MemoryBudget
 from effitrain.core.plan import make_plan, resolve
 from effitrain.core.presets import find_preset
@@ -27,6 +26,7 @@ from effitrain.train.memory import Meter, StorageTracker
 from effitrain.train.optim import make_optimizer
 from effitrain.train.probe import probe
 from effitrain.train.proof import ShapesOfAdamW8bit, Step, proved, track
+from effitrain.training import placement_of
 
 CUDA = MemoryBudget(2**50, 2**50, GIB, "cuda")
 MODELS = ("llama-3.2-1b", "llama-3.1-8b", "llama-70b")

@@ -1,0 +1,228 @@
+"""The training part of a run: a job put together and tried out, trained under its watchers, and saved."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from effitrain.adapters.base import AdapterConfig
+from effitrain.core.blobs import SLOTS
+from effitrain.core.budget import MemoryBudget
+from effitrain.core.cut import small_spec
+from effitrain.core.methods import CHANGES_MODEL
+from effitrain.core.placement import Placement, place
+from effitrain.core.plan import Plan, for_tokens
+from effitrain.core.recipe import Recipe
+from effitrain.data.batches import Batches, longest, most_trained
+from effitrain.data.prepare import PreparedData
+from effitrain.evals.events import Events
+from effitrain.evals.perplexity import Evaluation
+from effitrain.evals.positions import ByPosition
+from effitrain.evals.scores import Scores
+from effitrain.io.run_folder import RunFolder
+from effitrain.model.load import Base
+from effitrain.pruning.loraprune import LoRAPrune
+from effitrain.report.files import stream_figures
+from effitrain.stream.engine import Span
+from effitrain.stream.streamer import Streamer
+from effitrain.train.hooks import (
+    Calls,
+    Checkpoints,
+    EveryN,
+    Hook,
+    Listener,
+    MetricsFile,
+    StepRecord,
+    StopOnSignal,
+    Tracker,
+)
+from effitrain.train.job import Job, assemble, make_batches, resume, save_and_reload, save_model
+from effitrain.train.loop import train
+from effitrain.train.memory import Meter, cap_memory, device_allocations
+from effitrain.train.probe import OverBudget, probe
+from effitrain.train.state import TrainState
+
+WARM_STEPS = 2  # after these every buffer of a step is there
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where training ended, the plan for the longest micro-batch of the data, losses on the evaluation set by step and
+    by position, and what streaming and LISA did.
+    """
+
+    state: TrainState
+    plan: Plan
+    points: list[tuple[int, float]]
+    stream: Mapping[str, Any] | None
+    timeline: Sequence[Span]
+    positions: ByPosition | None
+    lisa: Mapping[str, Any] | None
+
+
+def train_model(
+    recipe: Recipe, the_plan: Plan, budget: MemoryBudget, meter: Meter, folder: RunFolder, base: Base,
+    data: PreparedData, events: Events, adapter: str,
+) -> Trained:  # fmt: skip
+    """Train ``base`` and save, in ``folder``, the adapter under the name ``adapter``, or the model that was changed.
+
+    Raises:
+        OverBudget: a trial step takes more than the budget.
+    """
+    job = _assembled(recipe, the_plan, meter.device, base, data, events)
+    pruner = _pruner(job, recipe, the_plan, base)
+    evaluated = make_batches(data.eval, recipe)
+    tokens, trained = len(longest(job.batches).input_ids), most_trained(job.batches)
+    expected = for_tokens(the_plan, base.spec, recipe, budget, tokens, trained)
+    _prove_budget(job, expected, meter, evaluated)
+
+    state = resume(recipe, folder.path / "checkpoints", job, events.note)
+    scores = _scores(job, the_plan, evaluated, folder, state, events, adapter)
+    if not scores.points:
+        scores.add("before")
+    watch = StreamWatch(job.decoder.streamer, the_plan, meter.device)
+    saver = _saver(job, recipe, folder)
+    with StopOnSignal(saver) as stop:
+        events.training(state.step, job.course.steps)
+        first = [Calls(pruner.after_backward, pruner.after_step)] if pruner else []
+        turns = [job.lisa] if job.lisa else []
+        hooks = [*first, *turns, watch, *_watchers(recipe, folder, state, scores, events), saver, stop]
+        train(job.decoder, job.batches, job.optimizer, job.course, state, job.clock, hooks, meter.peak)
+    stream, timeline = watch.figures(), watch.timeline()
+    _save(job, pruner, recipe, folder, base, adapter)
+    if len(scores.points) < 2 or scores.points[-1][0] < state.step:
+        scores.add("after")
+    turned = job.lisa.facts() if job.lisa else None
+    return Trained(state, expected, scores.points, stream, timeline, scores.by_position(), turned)
+
+
+class StreamWatch(Hook):
+    """What streaming does from now on, and how often the device was asked for memory when every buffer was there."""
+
+    def __init__(self, streamer: Streamer | None, the_plan: Plan, device: torch.device):
+        self.streamer, self.plan, self.device = streamer, the_plan, device
+        self.before = replace(streamer.traffic) if streamer else None
+        self.steps = 0
+        self.asked: int | None = None
+
+    def after_step(self, state: TrainState, record: StepRecord) -> None:
+        """Count from the step on that has seen everything."""
+        self.steps += 1
+        if self.steps == WARM_STEPS:
+            self.asked = device_allocations(self.device)
+
+    def figures(self) -> dict[str, Any] | None:
+        """The ``stream`` part of the report; None where nothing streams."""
+        if self.streamer is None:
+            return None
+        settings, written = self.plan.settings, self.streamer.host.written()
+        layers = (settings.streamed, self.plan.resident_layers)
+        asked = None if self.asked is None else (device_allocations(self.device) or 0) - self.asked
+        return stream_figures(self.before, self.streamer.traffic, *layers, settings.at_once, written, asked)
+
+    def timeline(self) -> Sequence[Span]:
+        """What was copied and computed when, in the last pass."""
+        return self.streamer.engine.timeline() if self.streamer else []
+
+
+def placement_of(the_plan: Plan) -> Placement | None:
+    """Which layers stream, as the plan says; None where none does."""
+    if not the_plan.settings.streamed:
+        return None
+    return place(the_plan.model.layers, the_plan.resident_layers, SLOTS, the_plan.settings.on_disk)
+
+
+def cap(device: torch.device, the_plan: Plan) -> None:
+    """Keep the allocator within the budget, on a card."""
+    if device.type == "cuda":
+        cap_memory(the_plan.budget_bytes, the_plan.overhead_bytes)
+
+
+def _assembled(
+    recipe: Recipe, the_plan: Plan, device: torch.device, base: Base, data: PreparedData, events: Events
+) -> Job:
+    """The job; says what it costs where the system refuses to pin host memory."""
+    job = assemble(
+        recipe,
+        base,
+        data.train,
+        device,
+        lambda part: events.loaded(part, base.spec.num_layers),
+        placement_of(the_plan),
+        the_plan.settings.at_once,
+        events.stored,
+    )
+    count = len(job.decoder.streamer.host.pageable) if job.decoder.streamer else 0
+    if count:
+        events.note(
+            f"{count} layers could not be pinned in host memory: their copies take a detour through a pinned buffer and"
+            " can be several times slower. `ulimit -l unlimited` lets a process pin more."
+        )
+    return job
+
+
+def _pruner(job: Job, recipe: Recipe, the_plan: Plan, base: Base) -> LoRAPrune | None:
+    """What prunes while the job trains; its state is saved and restored with the job's."""
+    if the_plan.fit != "prune" or recipe.prune_method != "loraprune":
+        return None
+    pruner = LoRAPrune(job.decoder, job.adapters, small_spec(base.spec, recipe).widths, job.course.steps)
+    job.trainable.update(pruner.state())
+    return pruner
+
+
+def _scores(
+    job: Job, the_plan: Plan, evaluated: Batches, folder: RunFolder, state: TrainState, events: Events, adapter: str
+) -> Scores:
+    whose = "of the small model " if adapter == "adapter-small" else ""
+
+    def told(when: str, evaluation: Evaluation) -> None:
+        events.evaluated(whose + when, evaluation)
+
+    return Scores(job.decoder, evaluated, folder, state, told, the_plan.settings.at_once)
+
+
+def _saver(job: Job, recipe: Recipe, folder: RunFolder) -> Checkpoints:
+    target, steps = folder.path / "checkpoints", job.course.steps
+    every = recipe.save_every or max(1, steps // 10)
+    return Checkpoints(target, job.trainable, job.optimizer, every, recipe.keep_checkpoints, steps)
+
+
+def _watchers(recipe: Recipe, folder: RunFolder, state: TrainState, scores: Scores, events: Events) -> list[Hook]:
+    hooks: list[Hook] = [MetricsFile(folder.path / "metrics.jsonl", state.step), Listener(events.step)]
+    if recipe.eval_every:
+        hooks.append(EveryN(recipe.eval_every, lambda state: scores.add(f"step {state.step}")))
+    if recipe.report_to != "none":
+        hooks.append(Tracker(recipe.report_to, folder.path))
+    return hooks
+
+
+def _save(job: Job, pruner: LoRAPrune | None, recipe: Recipe, folder: RunFolder, base: Base, adapter: str) -> None:
+    """Save what the run is for."""
+    if job.lisa:
+        job.lisa.end()
+    if pruner:
+        pruner.write(base, AdapterConfig.of(recipe), folder.path / "model")
+        if recipe.quant == "nf4":
+            pruner.write(base, AdapterConfig.of(recipe), folder.path / "model-nf4", nf4=True)
+    elif recipe.method in CHANGES_MODEL:
+        save_model(job, recipe, folder.path / "model", base)
+    else:
+        save_and_reload(job, recipe, folder.path / adapter, base.name)
+
+
+def _prove_budget(job: Job, the_plan: Plan, meter: Meter, evaluated: Batches) -> None:
+    """A trial step and evaluation on the longest micro-batches, before training.
+
+    Raises:
+        OverBudget: they take more than the budget.
+    """
+    largest = longest(job.batches)
+    last = longest(evaluated) if evaluated.per_epoch else None
+    at_once = the_plan.settings.at_once
+    try:
+        probe(job.decoder, [largest] * at_once, job.optimizer, job.clock, meter, at_once, last)
+    except torch.OutOfMemoryError:
+        raise OverBudget(the_plan, None) from None
+    if meter.peak() > the_plan.budget_bytes:
+        raise OverBudget(the_plan, meter.peak())
