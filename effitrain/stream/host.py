@@ -64,6 +64,7 @@ class HostLayers:
     def put(self, layer: int, layout: Layout, blob: Tensor, device: torch.device) -> None:
         """From now on ``layer`` is ``blob`` [layout.nbytes] uint8; whoever has its old bytes in a slot must be told."""
         self.blobs[layer], self._layouts[layer] = blob, layout
+        self._versions.pop(layer, None)
         if device.type == "cuda" and not blob.is_pinned():
             self.pageable |= {layer}
 
@@ -77,8 +78,10 @@ class HostLayers:
         return views(blob, layout)
 
     def written(self) -> int:
-        """How many layers in memory an operation wrote to since they were read: frozen weights are only ever read."""
-        return sum(blob._version != self._versions[layer] for layer, blob in self.blobs.items())
+        """How many layers in memory an operation wrote to since they were read: frozen weights are only ever read. What
+        was ``put`` does not count.
+        """
+        return sum(self.blobs[layer]._version != version for layer, version in self._versions.items())
 
     def read_ahead(self, layer: int) -> None:
         """``layer`` will be asked for soon: have the system read it when it is on disk."""
