@@ -49,11 +49,11 @@ def main() -> None:
         study = before
     for name in ["gsm8k"] if asked.quick else TEXTS:
         train, test = TEXTS[name](data)
-        bench = Bench(data / "models/stories3M", train, test, 10 if asked.quick else 150, LENGTH)
+        bench = Bench(data / "models/stories3M", train, test, 10 if asked.quick else 150, ROWS, LENGTH)
         study["base"][name] = bench.loss(bench.decoder())
         for arm in _arms(study["runs"], name, seeds, rates):
             started = time.time()
-            made = bench.tune(steps, ROWS, **{key: value for key, value in arm.items() if key != "text"})
+            made = bench.tune(steps, **{key: value for key, value in arm.items() if key != "text"})
             study["runs"].append({**arm, "loss": made})
             path.write_text(json.dumps(study, indent=1) + "\n")
             print(f"{name} {arm}: {made:.4f}, {time.time() - started:.0f} s", flush=True)

@@ -100,9 +100,9 @@ class Bench:
         train(decoder, batches, optimizer, course, TrainState(), Clock(seed), made)
         return adapters
 
-    def tune(self, steps: int, rows: int, seed: int, **fields: Any) -> float:
-        """The test loss after training with a method of ``run`` on unquantised weights, ``rows`` rows a step; of
-        adapters the rank is 8 where none is given.
+    def tune(self, steps: int, seed: int, **fields: Any) -> float:
+        """The test loss after training with a method of ``run`` on unquantised weights; adapters have rank 8 where none
+        is given.
         """
         rank = {} if fields["method"] in CHANGES_MODEL else {"lora_r": 8, **fields}
         scale = {"lora_alpha": 16} if adapter_kind(fields["method"]) and fields["method"] not in WEIGHTS else {}
@@ -117,7 +117,7 @@ class Bench:
             made.lisa.begin(0)
             hooks.append(made.lisa)
         course = Course(steps, steps, 1, fields["lr"], "cosine", warmup=1 / 6)
-        batches = Batches(self.train_set, rows, self.length, False, seed)
+        batches = Batches(self.train_set, self.rows, self.length, False, seed)
         train(decoder, batches, optimizer, course, TrainState(), Clock(seed), hooks)
         if made.lisa:
             made.lisa.end()
