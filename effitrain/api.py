@@ -23,9 +23,9 @@ from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.generation import texts_at_once
 from effitrain.core.ledger import Work
-from effitrain.core.methods import CHANGES_MODEL
+from effitrain.core.methods import CHANGES_MODEL, LISA_FIELDS
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
-from effitrain.core.positions import with_positions_of
+from effitrain.core.positions import scaled_already, with_positions_of
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
 from effitrain.core.report import Report
 from effitrain.core.spec import ModelSpec, spec_from_config
@@ -58,6 +58,10 @@ from effitrain.train.state import check_checkpoint, checkpoints
 from effitrain.training import cap, placement_of
 
 __all__ = ["Events", "chat", "evaluate", "export", "plan", "prove", "prune", "recipe", "recover", "run"]
+
+
+# What a recipe says of training alone: eval and chat leave it aside.
+_OF_TRAINING = ("method", "attention", "s2_group", "train_norms", "train_embeddings", *LISA_FIELDS)
 
 
 def prove(recipe: Recipe) -> Plan:
@@ -280,7 +284,7 @@ def _ready(recipe: Recipe, adapter: str | None, work: Work, lengths: Sequence[in
     """Load a model, planned for its data and for prompts of ``lengths`` tokens."""
     bundle = read_adapter(adapter_folder(adapter)) if adapter else None
     base = _as_trained(find_base(recipe.model, recipe.weights), recipe, adapter)
-    recipe = recipe.changed(attention="full", s2_group=None, train_norms=False, train_embeddings=False)
+    recipe = recipe.changed(**{field: Recipe.model_fields[field].default for field in _OF_TRAINING})
     check_lengths(base.spec, lengths)
     length = max(sequence_length(base.spec, recipe), *lengths, 0)
     recipe = recipe.changed(max_seq_len=length, **_adapter_fields(bundle))
@@ -327,10 +331,10 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
 
 def _as_trained(base: Base, recipe: Recipe, adapter: str | None) -> Base:
     """``base`` with the positions that the adapter was trained with, else those that ``recipe`` names: a model is never
-    stretched unasked.
+    stretched unasked, nor twice.
     """
     positions = positions_beside(adapter) if adapter else None
-    if positions is None and recipe.rope_scaling != "auto":
+    if positions is None and recipe.rope_scaling != "auto" and not scaled_already(base.source.config, recipe):
         positions = at_positions(recipe, base.source.config)[1]
     return base.at_positions(positions) if positions else base
 

@@ -87,7 +87,8 @@ def train_model(
         events.training(state.step, job.course.steps)
         first = [Calls(pruner.after_backward, pruner.after_step)] if pruner else []
         turns = [job.lisa] if job.lisa else []
-        hooks = [*first, *turns, watch, *_watchers(recipe, folder, state, scores, events), saver, stop]
+        watchers = _watchers(recipe, folder, state, scores, job.course.steps, events)
+        hooks = [*first, *turns, watch, *watchers, saver, stop]
         train(job.decoder, job.batches, job.optimizer, job.course, state, job.clock, hooks, meter.peak)
     stream, timeline = watch.figures(), watch.timeline()
     _save(job, pruner, recipe, folder, base, adapter)
@@ -188,10 +189,16 @@ def _saver(job: Job, recipe: Recipe, folder: RunFolder) -> Checkpoints:
     return Checkpoints(target, job.trainable, job.optimizer, every, recipe.keep_checkpoints, steps)
 
 
-def _watchers(recipe: Recipe, folder: RunFolder, state: TrainState, scores: Scores, events: Events) -> list[Hook]:
+def _watchers(
+    recipe: Recipe, folder: RunFolder, state: TrainState, scores: Scores, steps: int, events: Events
+) -> list[Hook]:
+    def evaluate(state: TrainState) -> None:
+        if state.step < steps:  # the last evaluation is of what was saved
+            scores.add(f"step {state.step}")
+
     hooks: list[Hook] = [MetricsFile(folder.path / "metrics.jsonl", state.step), Listener(events.step)]
     if recipe.eval_every:
-        hooks.append(EveryN(recipe.eval_every, lambda state: scores.add(f"step {state.step}")))
+        hooks.append(EveryN(recipe.eval_every, evaluate))
     if recipe.report_to != "none":
         hooks.append(Tracker(recipe.report_to, folder.path))
     return hooks

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Literal
 
 from effitrain.core.budget import MemoryBudget
+from effitrain.core.errors import InputError
 from effitrain.core.forward import forward_ledger
 from effitrain.core.ledger import LedgerLine, Settings, Work, gpu_bytes, host_bytes
 from effitrain.core.memory import make_ledger
@@ -13,6 +14,7 @@ from effitrain.core.methods import WEIGHTS, default_lr
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 from effitrain.core.speed import tokens_per_second
+from effitrain.core.weights import trains_tables
 
 SAMPLES_PER_STEP = 16
 DEFAULT_MAX_SEQ_LEN = 2048
@@ -151,7 +153,7 @@ def _candidates(
     group = group_of(recipe, length) if work == "train" else None
     for recompute, offload in _kept(recipe, weights, work):
         for batch_size, accum in _sizes(recipe, length, budget.device, work):
-            for at_once in _groups(recipe, weights, accum) if work != "chat" else [accum]:
+            for at_once in _groups(spec, recipe, weights, accum) if work != "chat" else [accum]:
                 yield Settings(
                     max_seq_len=length,
                     batch_size=batch_size,
@@ -180,12 +182,21 @@ def _tiled(choices: list[Choice], recipe: Recipe) -> Iterator[Settings]:
             yield replace(settings, mlp_tiles=-(-settings.tokens // TILE_TOKENS))
 
 
-def _groups(recipe: Recipe, weights: Weights, accum: int) -> list[int]:
+def _groups(spec: ModelSpec, recipe: Recipe, weights: Weights, accum: int) -> list[int]:
     """How many micro-batches may pass a layer together: a step's share in 1, 2, 3 ... groups. Of equally fast ones the
     first is taken: the whole step for who asks for ``layer``, else as few as do.
+
+    Raises:
+        InputError: ``layer`` is asked for, and tables are trained: their gradients would add up in another order.
     """
-    if weights == "resident" or recipe.stream_order == "micro-batch":
+    tables = trains_tables(spec, recipe)
+    if weights == "resident" or recipe.stream_order == "micro-batch" or (tables and recipe.stream_order == "auto"):
         return [1]
+    if tables:
+        raise InputError(
+            "--stream-order layer with trained embeddings would round their gradients in another order.",
+            next_step="Use --no-lisa-train-embeddings, or --stream-order micro-batch.",
+        )
     sizes = {-(-accum // groups) for groups in range(1, accum + 1)}
     if recipe.stream_order == "layer" and accum > 1:
         return sorted(sizes - {1}, reverse=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
+from effitrain.core.spec import spec_from_config
 
 # The keys that transformers 4 wrote and 5 still reads; what 5 writes is read and turned into them.
 _SCALING, _THETA, _BOTH = "rope_scaling", "rope_theta", "rope_parameters"
@@ -19,9 +20,10 @@ def settled(recipe: Recipe, config: Mapping[str, Any], name: str) -> Recipe:
     divided by the smallest whole factor that reaches (position interpolation, Chen et al. 2023, as LongLoRA does).
 
     Raises:
-        InputError: the model has a scaling of its own that another would replace, or the factor does not reach.
+        InputError: the model has a scaling of its own that another would replace, the factor does not reach, or the
+            config is of no model that can be handled.
     """
-    known, wanted = int(config[_LENGTH]), recipe.max_seq_len or 0
+    known, wanted = spec_from_config(config, name).max_positions, recipe.max_seq_len or 0
     kind, factor = recipe.rope_scaling, recipe.rope_factor
     if kind == "auto":
         kind = "linear" if wanted > known or factor is not None else "none"
@@ -81,6 +83,13 @@ def same_positions(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         return own_scaling(config), scaling, _theta(config), config[_LENGTH]
 
     return facts(one) == facts(other)
+
+
+def scaled_already(config: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a model is one that a run of ``recipe`` left, with its positions scaled as the recipe says."""
+    if recipe.rope_scaling == "ntk":  # shows in the base alone
+        return (recipe.max_seq_len or 0) <= int(config[_LENGTH])
+    return own_scaling(config) == recipe.rope_scaling
 
 
 def own_scaling(config: Mapping[str, Any]) -> str | None:

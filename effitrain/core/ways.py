@@ -65,7 +65,7 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "tr
     ``--prefer fast`` puts pruning before streaming. What is no training is done with the whole model.
 
     Raises:
-        InputError: the recipe's ratio or exempt layers leave nothing to prune.
+        InputError: the recipe's ratio or exempt layers leave nothing to prune, or the model is pruned already.
     """
     _check_layers(spec, recipe)
     if work != "train":
@@ -75,14 +75,20 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "tr
         return [Way("prune", "resident", spec, recipe, budget, recipe.prune_ratio)]  # the whole model, masked
     if recipe.method == "full":
         return [Way("resident", "resident", spec, recipe, budget)]
-    can_prune = recipe.method not in METHODS
     can_stream = recipe.recompute in ("auto", "layer")
     ratios = PRUNE_RATIOS if recipe.prune_ratio is None else (recipe.prune_ratio,)
     resident = [Way("resident", "resident", spec, recipe, budget)] if recipe.resident_layers is None else []
     stream = [Way("stream", "streamed", spec, recipe, budget)] if can_stream else []
     prune: list[Way] = []
     asked = recipe.fit == "prune" or recipe.prune_ratio is not None
-    if asked or (recipe.fit == "auto" and spec.num_layers > 2 and can_prune):  # of two layers both are exempt
+    pruned = len(spec.shapes) > 1
+    if asked and pruned:
+        raise InputError(
+            f"{spec.name} has layers of several widths: it is pruned already, and its keep map is of another model.",
+            next_step="Train on it as it is, without --fit prune, or prune the full-size model with a larger ratio.",
+        )
+    can_prune = not pruned and spec.num_layers > 2 and recipe.method not in METHODS  # of two layers both are exempt
+    if asked or (recipe.fit == "auto" and can_prune):
         cut = {ratio: small_spec(spec, recipe.changed(prune_ratio=ratio)) for ratio in ratios}
         kept: tuple[Weights, ...] = ("resident", "streamed") if can_stream else ("resident",)
         kept = kept if recipe.resident_layers is None else tuple(way for way in kept if way == "streamed")

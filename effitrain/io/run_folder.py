@@ -14,8 +14,8 @@ from effitrain.io.atomic import write_json
 from effitrain.io.model_folder import read_config
 
 _OURS = (
-    *("report.json", "recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints", "adapter"),
-    *("keep.safetensors", "small", "adapter-small", "config.json"),
+    *("report.json", "report.html", "loss.png", "recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints"),
+    *("adapter", "adapter-small", "keep.safetensors", "small", "small-align", "model", "model-nf4", "config.json"),
 )
 _ANOTHER = "Name another output folder with -o."
 

@@ -141,7 +141,8 @@ class Store:
         try:
             yield
         except InputError as error:
-            fact = f"The store {self.folder.name} is damaged. {error.fact}"
+            known = f"The store {self.folder.name} is damaged."
+            fact = error.fact if error.fact.startswith(known) else f"{known} {error.fact}"
             raise InputError(fact, next_step=_remedy(self.folder)) from None
 
     @cached_property

@@ -217,8 +217,10 @@ def _run(step: Step) -> Tracked:
             tracker.ignore(embedding.weight, *row_grads, *moments)
         if decoder.offload:
             tracker.ignore(decoder.offload.host)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        adapters = _added(tracker, [*parameters, *grads, *tables, *row_grads])
+        # Gradients are named nowhere else: what somebody holds is not added to in place.
+        adapters = _added(
+            tracker, [*parameters, *(p.grad for p in parameters if p.grad is not None), *tables, *row_grads]
+        )
         frozen = _added(tracker, model_tensors(decoder))
         states = _added(tracker, [*optimizer_tensors(optimizer), *moments])
         buffers = _added(tracker, [decoder.offload.staging] if decoder.offload else [])

@@ -47,6 +47,11 @@ def foreign_report(place) -> list[object]:
     return place.run()
 
 
+def model_in_the_output_folder(place) -> list[object]:
+    place.file("out/model/model.safetensors", "mine")
+    return place.run(method="full", quant="none")
+
+
 # Name of a case: the command it gives, words that the message must hold.
 MODEL = {
     "unknown preset": (lambda p: p.run(model="lama-70b"), ("lama-70b", "llama-70b")),
@@ -101,6 +106,7 @@ FOLDERS = {
     ),
     "damaged notes of a run": (foreign_notes, ("run.json",)),
     "report of something else": (foreign_report, ("report.json",)),
+    "a model where the run would leave its own": (model_in_the_output_folder, ("model", "no run of effitrain")),
     "resume from nothing": (lambda p: p.run(resume=p.root / "step-9"), ("step-9", "not a checkpoint")),
     "resume from no checkpoint": (lambda p: p.run(resume=p.finished), ("not a checkpoint",)),
     "resume from another shape": (

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from effitrain.core.budget import GIB, MemoryBudget
+from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
@@ -71,3 +72,13 @@ def test_an_order_of_streaming_is_refused_where_nothing_streams(order: str) -> N
 def test_contradictions_are_told(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         found(**fields)
+
+
+def test_a_pruned_model_is_not_pruned_again() -> None:
+    preset = find_preset("llama-3.1-8b")
+    assert preset is not None
+    spec = spec_from_config(preset.config, "small")
+    spec = small_spec(spec, make_recipe({"fit": "prune", "prune_ratio": 0.5}))
+    assert {way.fit for way in ways(spec, make_recipe({}), BUDGET)} == {"resident", "stream"}
+    with pytest.raises(InputError, match="pruned already"):
+        ways(spec, make_recipe({"fit": "prune", "prune_ratio": 0.5}), BUDGET)

@@ -120,7 +120,7 @@ def test_the_adapter_of_a_delta_run_has_the_loss_of_the_report(runs, effitrain, 
     _, out = runs("delta")
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (8, 8, False)
-    recipe = make_recipe(read_recipe_file(out / "recipe.yaml")).changed(method="lora", lisa_interval=10, lora_r=16)
+    recipe = make_recipe(read_recipe_file(out / "recipe.yaml"))
     scores = [api.evaluate(recipe, adapter)["loss"] for adapter in (None, str(out))]
     assert scores[1] < scores[0]
 
@@ -138,6 +138,7 @@ def test_the_adapter_of_a_delta_run_has_the_loss_of_the_report(runs, effitrain, 
         (["--method", "lisa", "--lisa-layers", "0"], "--lisa-layers '0'"),
         (["--method", "lisa", "--lisa-layers", "9"], "has 6 layers"),
         (["--method", "lisa-lora", "--fit", "prune"], "those of a pruned model differ"),
+        (["--method", "lisa", "--fit", "stream", "--stream-order", "layer"], "in another order"),
     ],
 )
 def test_what_cannot_be_is_refused(effitrain, model, counting, tmp_path, flags, reason):
