@@ -42,7 +42,7 @@ from effitrain.io.hub import fetch_weights, find_model
 from effitrain.io.keep import read_keep
 from effitrain.io.machine import find_budget
 from effitrain.io.model_folder import read_config
-from effitrain.io.run_folder import RunFolder, check_positions, open_run, positions_beside
+from effitrain.io.run_folder import RunFolder, check_positions, open_run, positions_beside, positions_of_small
 from effitrain.model.decoder import Decoder
 from effitrain.model.load import Base, find_base, load_model
 from effitrain.planning import at_positions, plan, recipe
@@ -191,9 +191,7 @@ def export(
         config = with_positions_of(positions, config) if positions else config
         merge(folder, open_checkpoint(folder), bundle, path, config, progress=progress)
     else:
-        save_adapter(path, bundle.tensors, bundle.config, base.name, full=bundle.full)
-        if positions:
-            write_json(path / "config.json", positions)
+        save_adapter(path, bundle.tensors, bundle.config, base.name, full=bundle.full, positions=positions)
     return path
 
 
@@ -208,6 +206,8 @@ def prune(recipe: Recipe, tell: Callable[[str], None] = lambda text: None) -> Pa
         InputError: the model, the text or the folder cannot be used.
     """
     base, target = find_base(recipe.model), Path(recipe.output_dir)
+    recipe, config = at_positions(recipe, base.source.config)
+    base = base.at_positions(config)
     small_spec(base.spec, recipe)
     budget = find_budget(recipe)
     recipe = recipe.changed(dtype=compute_dtype(recipe, budget), max_seq_len=sequence_length(base.spec, recipe))
@@ -230,8 +230,9 @@ def recover(adapter: str, keep: str, model: str, target: str) -> Path:
     Raises:
         InputError: the three do not belong together, or the target exists.
     """
-    path = _new_folder(target)
-    recover_adapter(adapter_folder(adapter), read_keep(Path(keep)), find_base(model).fetched(), path)
+    path, kept = _new_folder(target), read_keep(Path(keep))
+    positions = positions_of_small(adapter, keep)
+    recover_adapter(adapter_folder(adapter), kept, find_base(model).fetched(), path, positions)
     return path
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from effitrain.core.errors import InputError
+from effitrain.core.positions import without_scaling
 from effitrain.core.spec import Axis, LayerSpec, LinearSpec, spec_from_config
 
 PARTS = {"ffn": Axis.FFN, "kv": Axis.KV_HEADS}  # by the names that --prune-parts uses
@@ -46,9 +47,9 @@ def check_family(config: Mapping[str, Any], name: str) -> None:
     Raises:
         InputError: they differ, so pruning by them would damage the model.
     """
-    stub = {**config, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 16,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32,
-            "layer_types": None, "tie_word_embeddings": False}  # fmt: skip
+    stub = {**without_scaling(config), "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48,
+            "vocab_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+            "max_position_embeddings": 32, "layer_types": None, "tie_word_embeddings": False}  # fmt: skip
     known = {(m.linear.name, m.dim) for m in members(spec_from_config(stub, name).layers[0], Axis.FFN)}
     traced = _traced(stub)
     if traced != known:

@@ -3,7 +3,9 @@
 Only files and the keep map are needed, no model. What was pruned gets no update: its frozen weights return as they are.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +14,19 @@ from effitrain.adapters.base import recover
 from effitrain.adapters.merge import check_fits
 from effitrain.adapters.storage import AdapterBundle, read_adapter, save_adapter
 from effitrain.core.keep import KeepMap
+from effitrain.core.positions import same_positions, with_positions_of
 from effitrain.core.spec import PRUNABLE, ModelSpec
 from effitrain.model.load import Base
 from effitrain.pruning.small import check_base
 
 
-def recover_adapter(source: Path, keep: KeepMap, full: Base, target: Path) -> AdapterBundle:
+def recover_adapter(
+    source: Path, keep: KeepMap, full: Base, target: Path, positions: Mapping[str, Any] | None = None
+) -> AdapterBundle:
     """Write the adapter of the small model in ``source`` to ``target`` as one of ``full``, in peft's layout.
+
+    Where ``positions``, the config.json that the adapter was trained with, are not those of ``full``, the config.json
+    of ``full`` with them lies in ``target``, too.
 
     Raises:
         InputError: ``full`` is not the model that was pruned, or the adapter is not one of the small model.
@@ -26,7 +34,9 @@ def recover_adapter(source: Path, keep: KeepMap, full: Base, target: Path) -> Ad
     check_base(keep, full)
     bundle = read_adapter(source)
     factors = recover_factors(bundle, keep, full.spec)
-    save_adapter(target, factors, bundle.config, full.name, keep.fingerprint, bundle.full)
+    own = full.source.config
+    scaled = with_positions_of(positions, own) if positions and not same_positions(positions, own) else None
+    save_adapter(target, factors, bundle.config, full.name, keep.fingerprint, bundle.full, scaled)
     return read_adapter(target)
 
 

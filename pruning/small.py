@@ -14,6 +14,7 @@ from torch import Tensor
 from effitrain.core.cut import default_multiple, small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.keep import KeepMap, LayerKeep
+from effitrain.core.positions import position_facts
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import Axis, ModelSpec, pruned_config
 from effitrain.data.cache import default_cache_dir
@@ -84,7 +85,7 @@ def make_small(
         if loses and (needs(recipe.prune_score) in ("inputs", "gradients") or recipe.align != "none")
         else None
     )
-    made_of = _made_of(recipe, source.fingerprint(), text, device)
+    made_of = _made_of(base, recipe, source.fingerprint(), text, device)
     place = target.with_name(f"{target.name}-align")
     if target.exists() and any(target.iterdir()):
         _remove(place)
@@ -193,10 +194,13 @@ def _synthetic(base: Base, spec: ModelSpec, seed: int) -> Small:
     return Small(replace(base, source=source, spec=spec), keep)
 
 
-def _made_of(recipe: Recipe, fingerprint: str, text: Calibration | None, device: torch.device) -> dict[str, Any]:
+def _made_of(
+    base: Base, recipe: Recipe, fingerprint: str, text: Calibration | None, device: torch.device
+) -> dict[str, Any]:
     chosen = {"prune_ratio", "prune_parts", "prune_score", "prune_ranking", "prune_round", "prune_exempt", "align",
               "quant", "dtype"}  # fmt: skip
     facts: dict[str, Any] = recipe.model_dump(mode="json", include=chosen)
+    facts["positions"] = position_facts(base.source.config)
     if recipe.quant == "nf4":
         facts["device"] = device.type  # the two round some weights differently
     seed = recipe.seed if recipe.prune_score == "random" else None
@@ -239,7 +243,8 @@ def _scores(
     name, layers = recipe.prune_score, range(base.spec.num_layers)
     batches = text.batches if text else ()
     looks = text.fingerprint if text and needs(name) in ("inputs", "gradients") else recipe.seed
-    key = json.dumps([_CODE_VERSION, name, source.fingerprint(), looks, recipe.dtype])
+    positions = position_facts(base.source.config)
+    key = json.dumps([_CODE_VERSION, name, source.fingerprint(), positions, looks, recipe.dtype], sort_keys=True)
     file = default_cache_dir().with_name("scores") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if not file.is_file():
         walk = _walk(base, source, recipe, device)

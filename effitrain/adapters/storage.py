@@ -50,6 +50,7 @@ def save_adapter(
     base_model: str,
     base_fingerprint: str | None = None,
     full: Mapping[str, Tensor] | None = None,
+    positions: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter to ``folder``, complete or not at all; one already there is replaced.
 
@@ -60,6 +61,7 @@ def save_adapter(
         base_model: written down for whoever loads it.
         base_fingerprint: of the base's weights, in a file ``base.json`` where it is known.
         full: what was trained in full beside it, by path; peft loads it by ``modules_to_save``.
+        positions: the config.json with the scaled positions that it was trained with, if they are not the base's own.
     """
     full = full or {}
     tensors = {f"{_PREFIX}{path}": tensor.detach().float().cpu().contiguous() for path, tensor in full.items()}
@@ -71,6 +73,8 @@ def save_adapter(
         write_json(tmp / CONFIG, _peft_config(list(factors), config, base_model, full))
         if base_fingerprint:  # peft warns of keys in its own file that it does not know
             write_json(tmp / BASE, {"name": base_model, "fingerprint": base_fingerprint})
+        if positions:
+            write_json(tmp / "config.json", positions)
 
 
 def adapter_folder(path: str) -> Path:

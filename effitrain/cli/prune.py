@@ -8,11 +8,12 @@ from effitrain.cli.flags import DATA_FIELDS, recipe_fields, recipe_flags
 from effitrain.core.recipe import PRUNE_FIELDS
 
 _CHOICES = [field for field in PRUNE_FIELDS if field not in ("small_model", "prune_method")]
-_DATA = [*DATA_FIELDS, "eval_dataset", "eval_fraction", "max_seq_len", "seed", "quant", "dtype"]
+_DATA = [*DATA_FIELDS, "eval_dataset", "eval_fraction", "seed", "quant", "dtype"]
+_LENGTH = ["max_seq_len", "rope_scaling", "rope_factor"]
 
 
 @click.command("prune")
-@recipe_flags(["model", *_CHOICES, *_DATA, "output_dir"])
+@recipe_flags(["model", *_CHOICES, *_DATA, *_LENGTH, "output_dir"])
 def command(**flags: Any) -> None:
     """Write a structurally pruned model folder to train on, aligned to the full-size model."""
     from effitrain.planning import recipe

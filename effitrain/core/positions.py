@@ -77,12 +77,18 @@ def with_positions_of(positions: Mapping[str, Any], config: Mapping[str, Any]) -
 
 def same_positions(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two config.json give tokens the same positions, however they are written."""
+    return position_facts(one) == position_facts(other)
 
-    def facts(config: Mapping[str, Any]) -> tuple[Any, ...]:
-        scaling = {key: value for key, value in _own(config).items() if key not in (_THETA, "type", "rope_type")}
-        return own_scaling(config), scaling, _theta(config), config[_LENGTH]
 
-    return facts(one) == facts(other)
+def position_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All that gives a model its positions, as JSON holds it, the same however a config.json writes it."""
+    scaling = {key: value for key, value in _own(config).items() if key not in (_THETA, "type", "rope_type")}
+    return {"length": config[_LENGTH], "theta": _theta(config), "kind": own_scaling(config), "scaling": scaling}
+
+
+def without_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with plain rotary positions."""
+    return {key: value for key, value in config.items() if key not in (_SCALING, _BOTH)}
 
 
 def scaled_already(config: Mapping[str, Any], recipe: Recipe) -> bool:

@@ -11,11 +11,12 @@ from effitrain.core.errors import InputError
 from effitrain.core.positions import same_positions
 from effitrain.core.recipe import Recipe
 from effitrain.io.atomic import write_json
+from effitrain.io.keep import KEEP
 from effitrain.io.model_folder import read_config
 
 _OURS = (
     *("report.json", "report.html", "loss.png", "recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints"),
-    *("adapter", "adapter-small", "keep.safetensors", "small", "small-align", "model", "model-nf4", "config.json"),
+    *("adapter", "adapter-small", KEEP, "small", "small-align", "model", "model-nf4", "config.json"),
 )
 _ANOTHER = "Name another output folder with -o."
 
@@ -111,6 +112,17 @@ def positions_beside(adapter: str) -> dict[str, Any] | None:
         if whose and (folder / "config.json").is_file():
             return read_config(folder)
     return None
+
+
+def positions_of_small(adapter: str, keep: str) -> dict[str, Any] | None:
+    """The config.json with the positions that the adapter of a small model was trained with: what lies beside it, else
+    that of the small model, beside its keep map ``keep``; None where they are the full-size model's own.
+    """
+    beside, folder = positions_beside(adapter), Path(keep) if Path(keep).is_dir() else Path(keep).parent
+    of_pruning_run = (Path(adapter).parent / KEEP).is_file()  # which has the positions that it gave the full-size model
+    if beside or of_pruning_run or not (folder / "config.json").is_file():
+        return beside
+    return read_config(folder)
 
 
 def check_positions(adapter: str, config: Mapping[str, Any]) -> None:

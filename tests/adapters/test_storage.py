@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from effitrain.adapters.base import AdapterConfig, Clock
 from effitrain.adapters.merge import check_fits
 from effitrain.adapters.storage import load_into, read_adapter, save_adapter
 from effitrain.core.errors import InputError
+from effitrain.io.atomic import write_json
 from effitrain.model.load import find_base, load_model
 from effitrain.planning import recipe
 
@@ -149,3 +151,19 @@ def test_an_adapter_of_another_scale_stays_the_same_update(decoder, saved):
         for path, module in modules.items():
             torch.testing.assert_close(module.delta_weight(), before[path])
         detach(decoder)
+
+
+def test_an_adapter_is_there_with_its_positions_or_not_at_all(tmp_path, monkeypatch):
+    def stopped(path, value):
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    factors, positions = {"model.layers.0.mlp.up_proj": (torch.ones(4, 2), torch.ones(2, 4))}, {"rope_theta": 5.0}
+    save = partial(save_adapter, tmp_path / "a", factors, AdapterConfig(r=2), "base", positions=positions)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("effitrain.adapters.storage.write_json", stopped)
+        save()
+    assert not [*tmp_path.iterdir()]
+    save()
+    assert json.loads((tmp_path / "a/config.json").read_text()) == positions

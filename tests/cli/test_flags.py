@@ -43,8 +43,8 @@ FLAGS = {
     "run": f"{RUN} --prove --dry-run --json --quiet",
     "eval": f"{ADAPT} {DATA} --fit --resident-layers --by-position --passkey --json",
     "chat": f"{ADAPT} --fit --resident-layers --template --prompt --max-new-tokens --temperature",
-    "prune": f"{PRUNE} {DATA} --config --model --eval-dataset --eval-fraction --max-seq-len --seed --quant --dtype"
-    " --output-dir -o",
+    "prune": f"{PRUNE} {DATA} --config --model --eval-dataset --eval-fraction --seed --quant --dtype"
+    " --max-seq-len --rope-scaling --rope-factor --output-dir -o",
     "recover": "--model --output-dir -o --config --adapter --keep",
     "export": "--model --output-dir -o --config --adapter --to",
     "doctor": "",

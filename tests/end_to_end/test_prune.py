@@ -103,6 +103,34 @@ def test_three_commands_give_the_same_adapter_byte_for_byte(one, full, flags, ef
     assert (adapter / name).read_bytes() == (one / "adapter" / name).read_bytes()
 
 
+def test_three_commands_scale_positions_as_one_does(full, flags, effitrain, tmp_path):
+    """Past the model's length: the small model has the positions, and the recovered adapter brings them."""
+    from effitrain.core.positions import same_positions
+
+    longer, yarn = [*flags, "--max-steps", 2, "--max-seq-len", 600], ["--rope-scaling", "yarn"]
+    data = [*flags[:2], *flags[14:], "--max-seq-len", 600, *yarn]
+    pruned, out = ["--model", full, "--prune-ratio", 0.5], tmp_path / "one"
+    answers = [
+        effitrain("run", *pruned, "--fit", "prune", *longer, *yarn, "-o", out),
+        effitrain("prune", *pruned, *data, "-o", tmp_path / "small"),
+        effitrain("run", "--model", tmp_path / "small", *longer, "-o", tmp_path / "run"),
+    ]
+    for adapter, keep, to in (("run", "small", "adapter"), ("one/adapter-small", "one", "again")):
+        chosen = ["--adapter", tmp_path / adapter, "--keep", tmp_path / keep, "-o", tmp_path / to]
+        answers.append(effitrain("recover", "--model", full, *chosen))
+    assert [answer.code for answer in answers] == [0] * 5, answers
+    for name in ("model.safetensors", "config.json", "prune.json"):
+        assert (tmp_path / "small" / name).read_bytes() == (out / "small" / name).read_bytes()
+    assert losses(tmp_path / "run") == losses(out)
+    whole = read(out / "config.json")
+    assert whole["max_position_embeddings"] == 1024 and "effitrain_widths" not in whole
+    for to in ("adapter", "again"):
+        name = "adapter_model.safetensors"
+        assert (tmp_path / to / name).read_bytes() == (out / "adapter" / name).read_bytes()
+        brought = read(tmp_path / to / "config.json")
+        assert same_positions(brought, whole) and "effitrain_widths" not in brought
+
+
 def test_a_small_model_serves_many_adapters(one, full, flags, effitrain, tmp_path):
     pruned = ["--fit", "prune", "--prune-ratio", 0.5, "--small-model", one / "small"]
     answer = effitrain("run", "--model", full, *pruned, *flags, "--seed", 1, "-o", tmp_path / "other")

@@ -1,5 +1,7 @@
 """Our table of what falls together, against torch-pruning's graph."""
 
+import logging
+
 import pytest
 import torch
 
@@ -14,6 +16,13 @@ def test_the_graph_finds_the_same_ffn_members(model, family):
     groups.check_family(full.base.source.config, family)
     traced = groups._traced({**full.base.source.config, "vocab_size": 16})
     assert traced == {("mlp.gate_proj", 0), ("mlp.up_proj", 0), ("mlp.down_proj", 1)}
+
+
+def test_a_model_with_scaled_positions_is_traced_without_a_word(model, monkeypatch, caplog):
+    scaled = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    groups.check_family({**model().base.source.config, "rope_scaling": scaled, "rope_parameters": None}, "yarn")
+    assert not caplog.records
 
 
 def test_members_by_axis(model):

@@ -9,6 +9,8 @@ from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock, kinds
 from effitrain.adapters.storage import AdapterBundle, load_into, read_adapter, save_adapter
 from effitrain.core.errors import InputError
+from effitrain.io.keep import KEEP
+from effitrain.io.run_folder import positions_of_small
 from effitrain.model.load import fill
 from effitrain.pruning.cut import CutWeights
 from effitrain.pruning.recover import recover_adapter, recover_factors
@@ -133,3 +135,23 @@ def test_an_adapter_that_is_not_of_the_small_model_is_refused(model, uneven):
     whole = fill(full.empty(), full.weights, "none", torch.float32, CPU)
     with pytest.raises(InputError, match="trained on another model"):
         recover_factors(bundle_of(attach(whole, CONFIG, Clock())), keep, full.spec)
+
+
+def test_positions_of_an_adapter_are_those_of_its_run_then_of_the_small_model(tmp_path):
+    """A run that prunes gives the full-size model its positions, whatever the small model that it was lent has."""
+    lent, alone, pruning = (tmp_path / name for name in ("small", "alone", "pruning"))
+    for folder, files in ((lent, ["config.json"]), (alone / "adapter", []), (pruning / "adapter-small", [])):
+        folder.mkdir(parents=True)
+        for name in [*files, "adapter_config.json"]:
+            (folder / name).write_text('{"of": "small"}')
+    (lent / KEEP).touch()
+    (pruning / KEEP).touch()
+    for run in (alone, pruning):
+        (run / "run.json").touch()
+    for keep in (lent, lent / KEEP):
+        for adapter in (alone, alone / "adapter"):
+            assert positions_of_small(str(adapter), str(keep)) == {"of": "small"}
+        assert positions_of_small(str(pruning / "adapter-small"), str(keep)) is None
+    for run, adapter in ((alone, "adapter"), (pruning, "adapter-small")):
+        (run / "config.json").write_text('{"of": "run"}')
+        assert positions_of_small(str(run / adapter), str(lent)) == {"of": "run"}

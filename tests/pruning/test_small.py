@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from effitrain.core.errors import InputError, Interrupted
 from effitrain.core.recipe import make_recipe
+from effitrain.planning import at_positions
 from effitrain.pruning.calibration import Calibration
 from effitrain.pruning.small import make_small
 from effitrain.quant.nf4 import dequantize
@@ -77,3 +78,22 @@ def test_a_small_model_in_another_form_is_another_small_model(make):
     make(add_one)
     with pytest.raises(InputError, match="something else"):
         make(add_one, quant="none")
+
+
+def test_other_positions_are_another_small_model_with_scores_of_its_own(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("effitrain.pruning.small.default_cache_dir", lambda: tmp_path / "cache/data")
+    full = model("llama", heads=8, kv_heads=2, layers=3).base.fetched()
+    asked = make_recipe(
+        {"model": str(full.folder), "fit": "prune", "prune_ratio": 0.5, "align": "none", "dtype": "fp32"}
+    )  # fmt: skip
+    calibration = Calibration(tuple(text(12)), "text")
+
+    def prune(name, **fields):
+        base = full.at_positions(at_positions(asked.changed(**fields), full.source.config)[1])
+        make_small(base, asked, lambda: calibration, CPU, tmp_path / name)
+        return len([*(tmp_path / "cache/scores").iterdir()])
+
+    assert [prune("plain"), prune("scaled", rope_factor=8.0), prune("again")] == [1, 2, 2]
+    for other in ({"rope_factor": 8.0}, {"rope_factor": 2.0, "rope_scaling": "ntk"}):
+        with pytest.raises(InputError, match="something else"):
+            prune("plain", **other)
