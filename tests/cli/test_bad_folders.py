@@ -49,7 +49,7 @@ def foreign_report(place) -> list[object]:
 
 def model_in_the_output_folder(place) -> list[object]:
     place.file("out/model/model.safetensors", "mine")
-    return place.run(method="full", quant="none")
+    return place.run()
 
 
 # Name of a case: the command it gives, words that the message must hold.
