@@ -70,9 +70,7 @@ def longest_sample(batches: Batches) -> int:
     return int(batches.token_set.lengths.max(initial=0))
 
 
-def score(
-    decoder: Decoder, batches: Batches, at_once: int, bucket: int | Literal["auto"] | None = None
-) -> Scored:
+def score(decoder: Decoder, batches: Batches, at_once: int, bucket: int | Literal["auto"] | None = None) -> Scored:
     """One pass over ``batches``, ``at_once`` micro-batches at a time.
 
     Args:

@@ -52,10 +52,10 @@ def by_hand(decoder, tokens, bucket):
         ids = torch.from_numpy(tokens.input_ids[start:end].astype(np.int64))
         with torch.no_grad():
             logits = decoder.logits(decoder(ids, torch.arange(len(ids)), [len(ids)])).double()
-        for place in range(len(ids) - 1):
-            if tokens.labels[start + place + 1] != IGNORE:
-                loss = F.cross_entropy(logits[place], ids[place + 1]).item()
-                losses.setdefault(place // bucket, []).append(loss)
+        for at in range(len(ids) - 1):
+            if tokens.labels[start + at + 1] != IGNORE:
+                loss = F.cross_entropy(logits[at], ids[at + 1]).item()
+                losses.setdefault(at // bucket, []).append(loss)
     return {number: (np.mean(found), len(found)) for number, found in losses.items()}
 
 
