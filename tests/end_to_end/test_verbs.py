@@ -84,13 +84,14 @@ def test_eval_by_position_and_passkeys(effitrain, model, counting):
 
 
 @pytest.mark.parametrize("by_position", [None, 16])
-def test_eval_reads_a_streamed_layer_once_for_several_micro_batches(model, counting, monkeypatch, by_position):
+def test_eval_reads_a_streamed_layer_once_for_several_micro_batches(tiny_model, counting, monkeypatch, by_position):
     from effitrain import api
 
     seen, real = [], api.score
     monkeypatch.setattr(api, "score", lambda *given: (seen.append(given), real(*given))[1])
     fields = {"fit": "stream", "resident_layers": 0, "stream_order": "layer", "batch_size": 1, "grad_accum": 4}
-    api.evaluate(api.recipe(model=model, dataset=str(counting), max_seq_len=96, **fields), by_position=by_position)
+    asked = api.recipe(model=str(tiny_model(layers=6)), dataset=str(counting), max_seq_len=96, **fields)
+    api.evaluate(asked, by_position=by_position)
     decoder, batches, at_once, _ = seen[0]
     assert at_once == 4 and batches.per_epoch > 8
     assert decoder.streamer.traffic.copies <= len(decoder.layers) * -(-batches.per_epoch // at_once)
