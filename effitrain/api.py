@@ -34,8 +34,7 @@ from effitrain.evals.chat import ChatSession
 from effitrain.evals.events import Events
 from effitrain.evals.passkey import check_lengths
 from effitrain.evals.passkey import passkey as find_passkeys
-from effitrain.evals.perplexity import Evaluation, evaluate_loss
-from effitrain.evals.positions import beyond_its_length, default_bucket, longest_sample, loss_by_position, overall
+from effitrain.evals.positions import score
 from effitrain.io.atomic import remove_stale, write_json, write_text
 from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.hub import fetch_weights, find_model
@@ -316,18 +315,14 @@ def _score(ready: Ready, length: int, by_position: int | Literal["auto"] | None)
     """Losses on the data set, in samples of ``length`` tokens at most."""
     recipe = ready.recipe.changed(max_seq_len=length)
     batches = make_batches(prepare_data(recipe, ready.base.tokenizer(), length).train, recipe)
-    longest, made_for = longest_sample(batches), ready.base.spec.max_positions
-    if by_position is None and longest <= made_for:
-        return _figures(evaluate_loss(ready.decoder, batches, ready.plan.settings.at_once))
-    bucket = by_position if isinstance(by_position, int) else default_bucket(longest, made_for)
-    buckets = loss_by_position(ready.decoder, batches, bucket)
-    warning = beyond_its_length(buckets, longest, made_for)
-    scores = {**_figures(overall(buckets)), "by_position": [asdict(one) for one in buckets]}
-    return {**scores, "warnings": [warning]} if warning else scores
-
-
-def _figures(evaluation: Evaluation) -> dict[str, Any]:
-    return {"loss": evaluation.loss, "perplexity": evaluation.perplexity, "tokens": evaluation.tokens}
+    found = score(ready.decoder, batches, ready.plan.settings.at_once, by_position)
+    whole = found.evaluation
+    scores: dict[str, Any] = {"loss": whole.loss, "perplexity": whole.perplexity, "tokens": whole.tokens}
+    if found.buckets:
+        scores["by_position"] = [asdict(one) for one in found.buckets]
+    if found.warning:
+        scores["warnings"] = [found.warning]
+    return scores
 
 
 def _as_trained(base: Base, recipe: Recipe, adapter: str | None) -> Base:

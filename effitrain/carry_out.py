@@ -86,7 +86,7 @@ def _carry_out(
         points = ends(recipe, base, whole, device, make_batches(data.eval, recipe), points, events.evaluated)
     positions = None if small else trained.positions  # of the full-size model alone
     seen = (data.stats, points, meter.peak(), trained.stream, trained.timeline, pruned, positions)
-    rope = rope_figures(recipe, base.spec, base.name, folder.path)
+    rope = rope_figures(recipe, base.spec, base.source.loads_from, folder.path)
     return write_report(folder.path, recipe, trained.plan, trained.state, *seen, rope, trained.lisa)
 
 

@@ -94,7 +94,8 @@ def read_adapter(folder: Path) -> AdapterBundle:
             found = on_disk(folder) if folder.is_dir() else "there is no such folder."
             raise InputError(
                 f"There is no adapter in {folder}: {name} is missing; {found}",
-                next_step=f"Name a folder that holds {CONFIG} and {WEIGHTS}, or a run folder with one in it.",
+                next_step=_model_of_run(folder)
+                or f"Name a folder that holds {CONFIG} and {WEIGHTS}, or a run folder with one in it.",
             )
     try:
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -111,6 +112,13 @@ def read_adapter(folder: Path) -> AdapterBundle:
         rslora=raw.get("use_rslora", False),
     )
     return AdapterBundle(config, str(raw.get("base_model_name_or_path")), pairs, full)
+
+
+def _model_of_run(folder: Path) -> str | None:
+    """What to name instead of a run folder whose run changed the model itself; None where it is no such folder."""
+    if not ((folder / "run.json").is_file() and (folder / "model" / "config.json").is_file()):
+        return None
+    return f"That run trained the model itself: name it with --model {folder / 'model'}, without --adapter."
 
 
 def load_into(adapters: Mapping[str, Adapter], bundle: AdapterBundle, source: str) -> None:

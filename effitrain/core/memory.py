@@ -82,8 +82,8 @@ def adapted(linear: LinearSpec, recipe: Recipe) -> bool:
 
 def nf4_bytes(weights: int) -> int:
     """Packed codes and both levels of scales of one tensor; its 4-byte offset is not counted."""
-    blocks = _ceil(weights, BLOCK)
-    return _ceil(weights, 2) + blocks + 4 * _ceil(blocks, NESTED_BLOCK)
+    blocks = -(-weights // BLOCK)
+    return -(-weights // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK)
 
 
 def saved_bytes(layer: LayerSpec, spec: ModelSpec, recipe: Recipe, c: int, trained: bool = True) -> tuple[int, int]:
@@ -121,10 +121,6 @@ def _adapters_keep(
     if recipe.lora_dropout:  # every adapter then has an input of its own and a mask
         return low + sum((c + 1) * linear.in_features for linear in mine)
     return low + bool(on & set(entering)) * layer.linears[0].in_features * c
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _gpu(what: str, size: int, formula: str) -> LedgerLine:
@@ -347,7 +343,7 @@ def _mlp_gradients(
     # down's adapter gives its share of the input's gradient first, and then has no use for its own input.
     on_down = adapted(down, recipe) and not recipe.lora_dropout
     quantised = recipe.quant == "nf4" and recipe.method not in WEIGHTS
-    weight = down.weights * c + 4 * _ceil(down.weights, BLOCK) if quantised else 0
+    weight = down.weights * c + 4 * -(-down.weights // BLOCK) if quantised else 0
     at_down, at_gate = (1 + on_down) * tokens * ffn * c + weight, 3 * tokens * ffn * c
     wide = f"T {tokens} x ({edges} x h {h} + {3 - on_down if at_gate > at_down else 1} x FFN {ffn}) x {c} B"
     size = tokens * (edges * h - on_down * ffn) * c + (at_gate if at_gate > at_down else at_down - weight)

@@ -61,7 +61,7 @@ def trains_tables(spec: ModelSpec, recipe: Recipe) -> bool:
 
 def visited_layers(spec: ModelSpec, recipe: Recipe) -> int:
     """The most layers that LISA comes to in a run; all of them where its length is not known."""
-    rounds = _ceil(recipe.max_steps, recipe.lisa_interval) if recipe.max_steps else spec.num_layers
+    rounds = -(-recipe.max_steps // recipe.lisa_interval) if recipe.max_steps else spec.num_layers
     return min(spec.num_layers, rounds * recipe.lisa_layers) if recipe.method in SAMPLED else 0
 
 
@@ -140,13 +140,9 @@ def optimizer_bytes(size: int, optimizer: str) -> int:
     """Two moments of a tensor of ``size``: fp32, or 8-bit with scales. Paged ones count on the device, where used."""
     if optimizer == "adamw" or size < MIN_8BIT:
         return 8 * size
-    return 2 * size + 2 * 4 * _ceil(size, STATE_BLOCK)
+    return 2 * size + 2 * 4 * -(-size // STATE_BLOCK)
 
 
 def state_bytes(settings: Settings) -> str:
     """The same for each element, as the ledger tells it."""
     return "8 B" if settings.optimizer == "adamw" else f"(2 + 8/{STATE_BLOCK}) B, 8 B in tensors below {MIN_8BIT}"
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)

@@ -39,25 +39,19 @@ def evaluate_loss(decoder: Decoder, batches: Batches, at_once: int = 1) -> Evalu
         InputError: the set has no trained token.
     """
     total, tokens = 0.0, 0
-    for group in scored_groups(decoder, batches, at_once):
+    for group in scored(decoder, batches, at_once):
         for batch, loss in zip(group, loss_sums(decoder, group), strict=True):
             total += loss.item()
             tokens += batch.trained_tokens
     return Evaluation(total / tokens, tokens)
 
 
-def scored(decoder: Decoder, batches: Batches) -> Iterator[MicroBatch]:
-    """The micro-batches that have a trained token, while ``decoder`` is in evaluation mode.
+def scored(decoder: Decoder, batches: Batches, at_once: int) -> Iterator[list[MicroBatch]]:
+    """The micro-batches that have a trained token, ``at_once`` at a time, while ``decoder`` is in evaluation mode.
 
     Raises:
         InputError: there is none.
     """
-    for group in scored_groups(decoder, batches, 1):
-        yield from group
-
-
-def scored_groups(decoder: Decoder, batches: Batches, at_once: int) -> Iterator[list[MicroBatch]]:
-    """The same, ``at_once`` at a time."""
     training, found = decoder.training, False
     decoder.eval()
     every = (batch for batch in map(batches.get, range(batches.per_epoch)) if batch.trained_tokens)

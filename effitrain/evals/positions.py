@@ -3,14 +3,15 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from effitrain.data.batches import Batches
-from effitrain.evals.perplexity import Evaluation, scored
+from effitrain.evals.perplexity import Evaluation, evaluate_loss, scored
 from effitrain.kernels.linear_cross_entropy import linear_cross_entropy
 from effitrain.model.decoder import Decoder
+from effitrain.train.loss import hidden_states
 
 LEAST_BUCKET, BUCKETS = 256, 8  # of a default bucket: tokens at least, and how many cover the longest sample
 
@@ -26,6 +27,15 @@ class Bucket:
     end: int
     loss: float
     tokens: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a pass over a set found: ``buckets`` where positions were told apart, ``warning`` of samples too long."""
+
+    evaluation: Evaluation
+    buckets: tuple[Bucket, ...] = ()
+    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,22 +70,44 @@ def longest_sample(batches: Batches) -> int:
     return int(batches.token_set.lengths.max(initial=0))
 
 
+def score(decoder: Decoder, batches: Batches, at_once: int, bucket: int | Literal["auto"] | None = None) -> Scored:
+    """One pass over ``batches``, ``at_once`` micro-batches at a time.
+
+    Args:
+        decoder: with or without adapters.
+        batches: what to score.
+        at_once: micro-batches that pass a layer before the next one is needed.
+        bucket: positions of a bucket; by default only samples longer than the model was made for are told apart.
+
+    Raises:
+        InputError: the set has no trained token.
+    """
+    longest, made_for = longest_sample(batches), decoder.spec.max_positions
+    if bucket is None and longest <= made_for:
+        return Scored(evaluate_loss(decoder, batches, at_once))
+    size = bucket if isinstance(bucket, int) else default_bucket(longest, made_for)
+    buckets = loss_by_position(decoder, batches, size, at_once)
+    return Scored(overall(buckets), buckets, beyond_its_length(buckets, longest, made_for))
+
+
 @torch.no_grad()
-def loss_by_position(decoder: Decoder, batches: Batches, bucket: int) -> tuple[Bucket, ...]:
+def loss_by_position(decoder: Decoder, batches: Batches, bucket: int, at_once: int = 1) -> tuple[Bucket, ...]:
     """One pass over ``batches`` in evaluation mode: the buckets of ``bucket`` positions that hold a trained token.
+
+    ``at_once`` micro-batches pass a layer before the next one is needed.
 
     Raises:
         InputError: the set has no trained token.
     """
     sums: dict[int, float] = defaultdict(float)
     counts: dict[int, int] = defaultdict(int)
-    for batch in scored(decoder, batches):
-        hidden = decoder(batch.input_ids, batch.position_ids, batch.segments)
-        where = batch.position_ids[batch.trained_rows] // bucket
-        for number in where.unique().tolist():
-            rows = batch.trained_rows[where == number]
-            sums[number] += linear_cross_entropy(hidden, decoder.lm_head, batch.labels, rows=rows).item()
-            counts[number] += len(rows)
+    for group in scored(decoder, batches, at_once):
+        for batch, hidden in zip(group, hidden_states(decoder, group), strict=True):
+            where = batch.position_ids[batch.trained_rows] // bucket
+            for number in where.unique().tolist():
+                rows = batch.trained_rows[where == number]
+                sums[number] += linear_cross_entropy(hidden, decoder.lm_head, batch.labels, rows=rows).item()
+                counts[number] += len(rows)
     return tuple(Bucket(n * bucket, (n + 1) * bucket, sums[n] / counts[n], counts[n]) for n in sorted(sums))
 
 

@@ -4,16 +4,8 @@ from collections.abc import Callable
 from dataclasses import astuple
 
 from effitrain.data.batches import Batches
-from effitrain.evals.perplexity import Evaluation, evaluate_loss
-from effitrain.evals.positions import (
-    Bucket,
-    ByPosition,
-    beyond_its_length,
-    default_bucket,
-    longest_sample,
-    loss_by_position,
-    overall,
-)
+from effitrain.evals.perplexity import Evaluation
+from effitrain.evals.positions import Bucket, ByPosition, beyond_its_length, default_bucket, longest_sample, score
 from effitrain.io.run_folder import RunFolder
 from effitrain.model.decoder import Decoder
 from effitrain.train.state import TrainState
@@ -40,18 +32,19 @@ class Scores:
         noted = folder.notes.get("positions", [])
         self.positions = [(step, tuple(Bucket(*b) for b in buckets)) for step, buckets in noted if step <= state.step]
         self.longest, self.made_for = longest_sample(batches), decoder.spec.max_positions
-        self.bucket = default_bucket(self.longest, self.made_for)
 
     def add(self, when: str) -> None:
         """Evaluate now; does nothing when there is no evaluation set."""
         if not self.batches.per_epoch:
             return
-        whole = self.longest <= self.bucket
-        evaluation = evaluate_loss(self.decoder, self.batches, self.at_once) if whole else self._by_position()
-        self.points.append((self.state.step, evaluation.loss))
+        apart = self.longest > default_bucket(self.longest, self.made_for)
+        found = score(self.decoder, self.batches, self.at_once, "auto" if apart else None)
+        if found.buckets:
+            self.positions = [*self.positions[:1], (self.state.step, found.buckets)]
+        self.points.append((self.state.step, found.evaluation.loss))
         noted = [(step, [astuple(bucket) for bucket in buckets]) for step, buckets in self.positions]
         self.folder = self.folder.note(evals=self.points, positions=noted)
-        self.tell(when, evaluation)
+        self.tell(when, found.evaluation)
 
     def by_position(self) -> ByPosition | None:
         """The first and the last evaluation by position; None where there is none."""
@@ -59,8 +52,3 @@ class Scores:
             return None
         first, last = self.positions[0][1], self.positions[-1][1]
         return ByPosition(first, last, beyond_its_length(last, self.longest, self.made_for))
-
-    def _by_position(self) -> Evaluation:
-        buckets = loss_by_position(self.decoder, self.batches, self.bucket)
-        self.positions = [*self.positions[:1], (self.state.step, buckets)]
-        return overall(buckets)

@@ -49,6 +49,12 @@ class ModelSource:
             return self.preset.hub_id
         return self.name.partition("@")[0] if self.revision else self.name
 
+    @property
+    def loads_from(self) -> str:
+        """What stock transformers finds it by: its folder, of a built-in model too, or its hub id."""
+        built_in = self.preset.folder if self.preset else None
+        return str(built_in or Path(self.hub_id).expanduser())
+
 
 def find_model(name: str) -> ModelSource:
     """The model of this name, with its config and without its weights: a preset, then a folder, then a hub id.

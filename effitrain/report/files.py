@@ -92,8 +92,14 @@ def write_report(
 
 
 def rope_figures(recipe: Recipe, spec: ModelSpec, base: str, folder: Path) -> dict[str, Any] | None:
-    """The ``rope`` part of the report: how they were scaled, and the line that loads the base model so; None where
+    """The ``rope`` part of the report: how positions were scaled, and the line that loads the base model so; None where
     they were not.
+
+    Args:
+        recipe: as resolved by the plan.
+        spec: of the model with those positions.
+        base: its folder or hub id, for transformers.
+        folder: holds the scaled config.json.
     """
     if recipe.rope_scaling == "none":
         return None

@@ -193,6 +193,10 @@ def _table(header: Sequence[str], rows: Iterable[Row]) -> str:
 
 def _plain(key: str, value: object) -> str:
     """A value as people read it, by the unit its key names."""
+    if isinstance(value, list | tuple):
+        shown = [_plain(key, one) for one in value]
+        same = len(shown) > 1 and len({*shown}) == 1
+        return f"{shown[0]} (all {len(shown)})" if same else ", ".join(shown) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, int | float) and key.endswith(("bytes", "bytes_copied")):

@@ -21,8 +21,13 @@ def loss_sum(decoder: Decoder, batch: MicroBatch) -> Tensor:
 
 def loss_sums(decoder: Decoder, group: Sequence[MicroBatch]) -> Iterator[Tensor]:
     """The same of each of several micro-batches, all of which pass a layer before the next layer is needed."""
+    return (_of_hidden(decoder, *pair) for pair in zip(hidden_states(decoder, group), group, strict=True))
+
+
+def hidden_states(decoder: Decoder, group: Sequence[MicroBatch]) -> Iterator[Tensor]:
+    """Final hidden states of each of several micro-batches, which pass the layers as for ``loss_sums``."""
     ends = decoder.through([Rows(batch.input_ids, batch.position_ids, batch.segments) for batch in group])
-    return (_of_hidden(decoder, decoder.finish(end), batch) for end, batch in zip(ends, group, strict=True))
+    return map(decoder.finish, ends)
 
 
 def backward_in_groups(

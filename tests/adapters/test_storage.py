@@ -1,6 +1,7 @@
 """Reading adapters that other tools wrote, and refusing what is not a plain LoRA."""
 
 import json
+import re
 import shutil
 from functools import partial
 
@@ -124,6 +125,16 @@ def test_damaged_or_missing_files(saved, tmp_path):
     shutil.copy(__file__, weights)
     with pytest.raises(InputError, match="damaged"):
         read_adapter(saved)
+
+
+def test_a_run_that_left_a_model_says_so(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    with pytest.raises(InputError, match="or a run folder with one in it"):
+        read_adapter(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(InputError, match=rf"--model {re.escape(str(tmp_path / 'model'))}, without --adapter"):
+        read_adapter(tmp_path)
 
 
 def test_an_adapter_of_another_model(tiny_model, decoder, saved):

@@ -42,6 +42,15 @@ def test_it_leaves_a_model_in_which_every_tensor_changed(out, tiny_model):
     assert report["memory"]["measured_peak_bytes"] <= 1.02 * report["memory"]["predicted_peak_bytes"]
 
 
+@pytest.mark.parametrize("verb", ["eval", "export"])
+def test_who_asks_for_its_adapter_is_pointed_to_the_model(out, effitrain, tmp_path, verb):
+    rest = ["-o", tmp_path / "exported"] if verb == "export" else []
+    answer = effitrain(verb, "--model", "tiny", "--adapter", out, *rest)
+    assert answer.code == 2 and f"name it with --model {out / 'model'}, without --adapter" in " ".join(
+        answer.err.split()
+    )
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_model_loads_in_stock_transformers_and_has_the_loss_of_the_report(out, command, effitrain):
     from transformers import AutoModelForCausalLM

@@ -83,6 +83,20 @@ def test_eval_by_position_and_passkeys(effitrain, model, counting):
     assert "has no room for the question" in effitrain(*common, "--passkey", 60).err
 
 
+@pytest.mark.parametrize("by_position", [None, 16])
+def test_eval_reads_a_streamed_layer_once_for_several_micro_batches(tiny_model, counting, monkeypatch, by_position):
+    from effitrain import api
+
+    seen, real = [], api.score
+    monkeypatch.setattr(api, "score", lambda *given: (seen.append(given), real(*given))[1])
+    fields = {"fit": "stream", "resident_layers": 0, "stream_order": "layer", "batch_size": 1, "grad_accum": 4}
+    asked = api.recipe(model=str(tiny_model(layers=6)), dataset=str(counting), max_seq_len=96, **fields)
+    api.evaluate(asked, by_position=by_position)
+    decoder, batches, at_once, _ = seen[0]
+    assert at_once == 4 and batches.per_epoch > 8
+    assert decoder.streamer.traffic.copies <= len(decoder.layers) * -(-batches.per_epoch // at_once)
+
+
 def test_chat_answers_once(effitrain, model, out):
     common = ["chat", "--model", model, "--adapter", out, "--quant", "none", "--prompt", "Count from 5"]
     greedy = [effitrain(*common, "--max-new-tokens", 24) for _ in range(2)]

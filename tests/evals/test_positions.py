@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from effitrain.core.errors import InputError
+from effitrain.core.placement import place
 from effitrain.data.batches import Batches
 from effitrain.data.tokenized import IGNORE, TokenSet
 from effitrain.evals.perplexity import evaluate_loss
@@ -17,9 +18,13 @@ from effitrain.evals.positions import (
     longest_sample,
     loss_by_position,
     overall,
+    score,
 )
+from effitrain.evals.scores import Scores
+from effitrain.io.run_folder import RunFolder
 from effitrain.model.load import find_base, load_model
 from effitrain.planning import recipe
+from effitrain.train.state import TrainState
 
 LENGTHS = (23, 9, 2, 17, 30)
 
@@ -47,10 +52,10 @@ def by_hand(decoder, tokens, bucket):
         ids = torch.from_numpy(tokens.input_ids[start:end].astype(np.int64))
         with torch.no_grad():
             logits = decoder.logits(decoder(ids, torch.arange(len(ids)), [len(ids)])).double()
-        for place in range(len(ids) - 1):
-            if tokens.labels[start + place + 1] != IGNORE:
-                loss = F.cross_entropy(logits[place], ids[place + 1]).item()
-                losses.setdefault(place // bucket, []).append(loss)
+        for at in range(len(ids) - 1):
+            if tokens.labels[start + at + 1] != IGNORE:
+                loss = F.cross_entropy(logits[at], ids[at + 1]).item()
+                losses.setdefault(at // bucket, []).append(loss)
     return {number: (np.mean(found), len(found)) for number, found in losses.items()}
 
 
@@ -74,6 +79,37 @@ def test_the_mode_is_given_back_and_an_empty_set_refused(decoder):
     assert decoder.training
     with pytest.raises(InputError, match="no token to score"):
         loss_by_position(decoder, Batches(token_set(masked=range(sum(LENGTHS))), 2, 32, False, 0), 8)
+
+
+@pytest.fixture(scope="module")
+def streamed(tiny_model):
+    """The three layers of a model that take turns in one slot."""
+    folder = str(tiny_model("llama", layers=3))
+    asked = recipe(model=folder, quant="none", dtype="fp32")
+    return load_model(find_base(folder).fetched(), asked, torch.device("cpu"), placement=place(3, 0, 1))
+
+
+def copies(decoder, evaluate):
+    before = decoder.streamer.traffic.copies
+    return evaluate(), decoder.streamer.traffic.copies - before
+
+
+@pytest.mark.parametrize("bucket", [None, "auto", 7])
+def test_a_streamed_layer_is_read_once_a_group(streamed, bucket):
+    batches = Batches(token_set(), 1, 32, False, 0)  # five
+    found = [copies(streamed, lambda n=n: score(streamed, batches, n, bucket)) for n in (1, 2, 5)]
+    assert all(one == found[0][0] for one, _ in found) and bool(found[0][0].buckets) == (bucket is not None)
+    assert [count for _, count in found] == [15, 9, 3]
+
+
+def test_a_run_scores_in_groups_by_position_too(streamed, tmp_path):
+    for longest in (30, 270):
+        batches = Batches(token_set(lengths=(longest, 9, 5)), 1, 512, False, 0)
+        folder = tmp_path / str(longest)
+        folder.mkdir()
+        scores = Scores(streamed, batches, RunFolder(folder, {}), TrainState(), lambda *told: None, at_once=3)
+        assert copies(streamed, lambda scores=scores: scores.add("before"))[1] == 3
+        assert bool(scores.positions) == (longest > 256) and len(scores.points) == 1
 
 
 def test_buckets_by_default():

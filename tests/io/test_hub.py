@@ -122,6 +122,16 @@ def test_cached_preset(hub_cache, tiny_model):
     assert fetch_weights(source) == cached
 
 
+def test_what_stock_transformers_loads(hub_cache, tiny_model, monkeypatch):
+    folder, tiny = tiny_model("llama"), find_preset("tiny")
+    put_in_cache(hub_cache, ID, folder)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert find_model("llama-2-7b").loads_from == "meta-llama/Llama-2-7b-hf"
+    assert find_model(f"{ID}@main").loads_from == ID
+    assert tiny is not None and find_model("tiny").loads_from == str(tiny.folder)
+    assert find_model(f"~/{folder.name}").loads_from == find_model(str(folder)).loads_from == str(folder)
+
+
 def test_a_revision_may_be_named(hub_cache, tiny_model):
     put_in_cache(hub_cache, ID, tiny_model("llama"))
     source = find_model(f"{ID}@{'0' * 40}")

@@ -19,6 +19,7 @@ from effitrain.model.load import fill, find_base, load_model, stream
 from effitrain.planning import recipe
 from effitrain.pruning.cut import CutWeights
 from effitrain.stream.fresh import FreshLayers
+from effitrain.train.trainable import make_trainable
 
 pytestmark = pytest.mark.interpreter
 CPU = torch.device("cpu")
@@ -36,15 +37,19 @@ def _decoder(folder, quant, targets):
     return decoder
 
 
-def _loss_and_gradients(decoder):
+def _inputs(decoder):
+    """Hidden states, head, labels and what the head has that is trained."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 200, (sum(LENGTHS),), generator=generator)
     labels = ids.roll(-1)
     labels[::4] = IGNORED
     hidden = decoder(ids, torch.cat([torch.arange(n) for n in LENGTHS]), LENGTHS)
+    return hidden, decoder.lm_head, labels, [p for p in decoder.lm_head.parameters() if p.requires_grad]
+
+
+def _loss_and_gradients(decoder):
     trained = [p for p in decoder.parameters() if p.requires_grad]
-    head = [p for p in decoder.lm_head.parameters() if p.requires_grad]
-    loss = linear_cross_entropy(hidden, decoder.lm_head, labels, head)
+    loss = linear_cross_entropy(*_inputs(decoder))
     return loss, *torch.autograd.grad(loss, trained)
 
 
@@ -69,6 +74,49 @@ def test_loss_and_gradients(tiny_model, close, monkeypatch, family, quant, what,
     monkeypatch.setattr(backend, "INTERPRETED", False)
     for value, wanted in zip(found, _loss_and_gradients(decoder), strict=True):
         close(value, wanted, TOLERANCE)
+
+
+IN_FULL = {"train_norms": True, "train_embeddings": True}
+SHIFTED = {"attention": "s2", "s2_group": 4}
+
+
+@pytest.mark.parametrize(
+    ("family", "quant", "fields"),
+    [
+        ("qwen2", "none", {"method": "full"}),
+        ("qwen3", "nf4", {"method": "lisa", "lisa_layers": 1, "lisa_train_embeddings": False}),
+        ("llama", "nf4", {"method": "lisa-delta", "lisa_layers": 1, "lora_r": 4}),
+        ("llama", "nf4", {"lora_r": 4, **IN_FULL}),
+        ("qwen3", "none", {"lora_r": 4, **IN_FULL}),
+        ("llama", "nf4", {"lora_r": 4, **SHIFTED}),
+        ("qwen3", "nf4", {"lora_r": 4, **SHIFTED}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
+)
+def test_whatever_is_trained(tiny_model, close, monkeypatch, family, quant, fields):
+    """The gradient of every parameter, with the layer that LISA trains beside one that it does not."""
+    folder = str(tiny_model(family, layers=1 + fields.get("lisa_layers", 0)))
+    asked, base = recipe(model=folder, quant=quant, dtype="fp32", **fields), find_base(folder)
+    decoder = load_model(base, asked, CPU).train()
+    made = make_trainable(decoder, asked, Clock(0), base.weights)
+    for adapter in made.adapters.values():
+        left, right = adapter.factors()
+        adapter.load_factors(torch.randn(left.shape), right)
+    found = _loss_and_stored_gradients(decoder)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    wanted = _loss_and_stored_gradients(decoder)
+    assert wanted.keys() == found.keys() and len(wanted) > len(made.parameters) > 0
+    for name, value in wanted.items():
+        close(found[name], value, TOLERANCE)
+
+
+def _loss_and_stored_gradients(decoder):
+    """By name, as a step finds them: a trained table adds to its own gradient."""
+    loss = linear_cross_entropy(*_inputs(decoder))
+    loss.backward()
+    found = {name: p.grad for name, p in decoder.named_parameters() if p.requires_grad}
+    decoder.zero_grad(set_to_none=True)
+    return {"loss": loss.detach()} | {name: grad.to_dense() for name, grad in found.items()}
 
 
 def test_in_tiles(tiny_model, close, monkeypatch):

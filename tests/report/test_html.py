@@ -101,6 +101,12 @@ def test_says_what_was_measured(report, plan):
         assert absent not in text, absent
 
 
+def test_lists_by_their_unit(report, plan):
+    report["lisa"] = {"visits": [2, 0, 1], "state_bytes": [7_088_128, 7_088_128], "none_yet_bytes": []}
+    text = text_of(render_report(report, plan, [], None))
+    assert "visits 2, 0, 1 state bytes 6.8 MiB (all 2) none yet bytes none" in text
+
+
 def test_needs_nothing_beside_itself(report, plan):
     html = render_report(report, plan, metrics(3), PNG)
     page = Page(html)
