@@ -30,6 +30,7 @@ from effitrain.model.load import Base, find_base, load_model
 from effitrain.report.files import stream_figures
 from effitrain.stream.engine import Traffic
 from effitrain.train.loop import accumulate
+from effitrain.train.memory import device_allocations
 
 REPEATS = 5
 
@@ -126,7 +127,8 @@ def _times(resident: Side, streamed: Side, batch: MicroBatch) -> dict[str, Any]:
     sides = (resident, streamed)
     for side in sides:
         side.step(batch)
-    before, layers = streamed.traffic(), len(streamed.decoder.layers)
+    before, layers, device = streamed.traffic(), len(streamed.decoder.layers), streamed.decoder.device
+    asked = device_allocations(device)
     alone, visiting = (
         statistics.median(column)
         for column in zip(*([side.seconds(batch) for side in sides] for _ in range(REPEATS)), strict=True)
@@ -134,13 +136,15 @@ def _times(resident: Side, streamed: Side, batch: MicroBatch) -> dict[str, Any]:
     streamer = streamed.decoder.streamer
     assert streamer is not None
     count = len(streamer.linears)
+    allocations = None if asked is None else (device_allocations(device) or 0) - asked
+    copied = (before, streamed.traffic(), count, layers - count, 1, streamer.host.written(), allocations)
     return {
         "tokens": len(batch.input_ids),
         "resident_step_seconds": alone,
         "streamed_step_seconds": visiting,
         "step_time_over_resident": round(visiting / alone, 4),
         "steps": REPEATS,
-        **stream_figures(before, streamed.traffic(), count, layers - count, 1, streamer.host.written()),
+        **stream_figures(*copied),
     }
 
 

@@ -102,7 +102,7 @@ def arm(asked: Recipe, length: int, taught: TokenSet, steps: int) -> Decoder:
     if not asked.train_norms:
         return decoder
     clock, lr = Clock(asked.seed), asked.lr or LR
-    make_trainable(decoder, asked.changed(s2_group=group_of(asked, length)), clock)
+    make_trainable(decoder, asked.changed(s2_group=group_of(asked, length)), clock, base.weights)
     trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
     batches, course = Batches(taught, ROWS, length, False, asked.seed), Course(steps, steps, 1, lr, warmup=0.1)
     train(decoder, batches, make_optimizer("adamw", trained, lr, 0.0), course, TrainState(), clock)

@@ -52,7 +52,12 @@ def command(
     from effitrain import api
 
     scores = api.evaluate(asked, adapter, by_position, passkey)
-    click.echo(json.dumps(scores, indent=2) if as_json else "\n".join(_lines(scores)))
+    if as_json:
+        click.echo(json.dumps(scores, indent=2))
+        return
+    click.echo("\n".join(_lines(scores)))
+    if asked.quant == "nf4":
+        click.echo("The frozen weights were in NF4; --quant none takes them as they are.")
 
 
 def _lines(scores: Mapping[str, Any]) -> list[str]:

@@ -206,7 +206,7 @@ def test_no_logits_of_all_tokens_and_no_fp32_copy_of_a_frozen_tensor(monkeypatch
         {"max_seq_len": 8192, "batch_size": 1, "recompute": "layer", "optimizer": "adamw", "fit": "resident"}
     )
     full = resolve(recipe, make_plan(spec, recipe, CUDA))
-    track(Step(spec, config, full, "cuda", (False,) * spec.num_layers))
+    track(Step(spec, config, full, "cuda", (False,) * spec.num_layers, trained=(True,) * spec.num_layers))
     frozen = {linear.weights for linear in (*spec.layers[0].linears, spec.head)}
     tokens_wide = {8192 * linear.out_features for linear in spec.layers[0].linears}  # activations may have that size
     assert (2 * spec.head.weights, torch.bfloat16) in sizes  # the head is there, so the scan sees what it should
