@@ -14,7 +14,7 @@ from effitrain.adapters.storage import load_into, read_adapter, save_adapter
 from effitrain.core.errors import InputError
 from effitrain.core.placement import Placement
 from effitrain.core.recipe import Recipe
-from effitrain.data.batches import Batches
+from effitrain.data.batches import Batches, longest
 from effitrain.data.tokenized import TokenSet
 from effitrain.model.decoder import Decoder
 from effitrain.model.load import DTYPES, Base, load_model
@@ -65,26 +65,25 @@ def assemble(
         at_once: micro-batches of a step that pass a layer before the next one is needed.
         stored: told how many parts of the store are done, of how many.
     """
+    batches = make_batches(tokens, recipe)
     decoder = load_model(base, recipe, device, progress, placement, stored)
-    keep_less(decoder, recipe, at_once)
+    keep_less(decoder, recipe, len(longest(batches).input_ids), at_once)
     clock = Clock(recipe.seed)
     made = make_trainable(decoder, recipe, clock, base.weights)
     optimizer = make_optimizer(chosen(recipe.optimizer), made.parameters, chosen(recipe.lr), recipe.weight_decay)
     if made.lisa:
         made.lisa.optimizer = optimizer
-    batches = make_batches(tokens, recipe)
     course = _course(recipe, batches, at_once)
     return Job(decoder, made.adapters, clock, made.tensors, optimizer, batches, course, made.lisa)
 
 
-def keep_less(decoder: Decoder, recipe: Recipe, at_once: int = 1) -> None:
-    """Recompute and offload as ``recipe``, with every choice made, says, for ``at_once`` micro-batches that pass each
-    layer together.
+def keep_less(decoder: Decoder, recipe: Recipe, tokens: int, at_once: int = 1) -> None:
+    """Recompute and offload as ``recipe``, with every choice made, says. No micro-batch has more than ``tokens``
+    tokens, and ``at_once`` of them pass each layer together.
     """
     decoder.set_recompute(recipe.recompute)
     decoder.set_tile(tile_of(recipe))
     if recipe.offload_activations == "on":
-        tokens = chosen(recipe.batch_size) * chosen(recipe.max_seq_len)
         dtype = DTYPES[recipe.dtype]
         decoder.offload = Offload(len(decoder.layers) * at_once, tokens, decoder.spec.hidden, dtype, decoder.device)
 

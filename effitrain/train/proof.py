@@ -278,7 +278,7 @@ def _model(step: Step) -> Decoder:
     stream(decoder, source, placement, device, shapes_only=True, slot_bytes=room)
     plain = EmptyCheckpoint(shapes_of(step.spec), 0, False, dtype)
     make_trainable(decoder, recipe, Clock(recipe.seed), lambda: plain, step.active)
-    keep_less(decoder, recipe, step.at_once)
+    keep_less(decoder, recipe, chosen(recipe.batch_size) * chosen(recipe.max_seq_len), step.at_once)
     return decoder
 
 

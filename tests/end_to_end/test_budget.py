@@ -134,3 +134,10 @@ def test_the_context_is_measured_where_a_card_is(asked, monkeypatch):
     monkeypatch.setattr(api, "cuda_context_bytes", lambda: 300 * MIB)
     assert api._measured(card).overhead_bytes == 300 * MIB + CUDA_SLACK_BYTES
     assert api._measured(api.find_budget(asked)).overhead_bytes == 0
+
+
+def test_offloaded_inputs_of_short_samples_take_what_is_predicted(tmp_path):
+    """Their buffers are for the longest micro-batch there is, not for the longest there could be."""
+    recipe = api.recipe(fit="stream", max_steps=1, eval_fraction=0.0, output_dir=str(tmp_path / "out"))
+    memory = api.run(recipe).memory
+    assert abs(memory.predicted_peak_bytes / memory.measured_peak_bytes - 1) < 0.05
