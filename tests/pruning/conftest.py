@@ -105,3 +105,29 @@ def stock_logits(stock, batch):
     with torch.no_grad():
         parts = [stock(input_ids=ids[None]).logits[0] for ids in batch.input_ids.split(list(batch.segments))]
     return torch.cat(parts)
+
+
+@pytest.fixture
+def inputs_of():
+    """``inputs_of(stock, batches)``: inputs of every linear of a stock model's layers over all samples, [tokens, in],
+    by path.
+    """
+
+    def of(stock, batches):
+        inputs = {}
+        handles = [
+            module.register_forward_pre_hook(
+                lambda m, a, name=name: inputs.setdefault(name, []).append(a[0][0].detach())
+            )
+            for name, module in stock.named_modules()
+            if name.endswith("_proj")
+        ]
+        with torch.no_grad():
+            for batch in batches:
+                for ids in batch.input_ids.split(list(batch.segments)):
+                    stock(input_ids=ids[None])
+        for handle in handles:
+            handle.remove()
+        return {name: torch.cat(parts) for name, parts in inputs.items()}
+
+    return of

@@ -14,25 +14,8 @@ from effitrain.pruning.cut import CutWeights, write_cut
 from .conftest import CPU
 
 
-def inputs_of(stock, batches):
-    """Inputs of every o_proj and down_proj over all samples, [tokens, in], by path."""
-    inputs = {}
-    handles = [
-        module.register_forward_pre_hook(lambda m, a, name=name: inputs.setdefault(name, []).append(a[0][0].detach()))
-        for name, module in stock.named_modules()
-        if name.endswith(("o_proj", "down_proj"))
-    ]
-    with torch.no_grad():
-        for batch in batches:
-            for ids in batch.input_ids.split(list(batch.segments)):
-                stock(input_ids=ids[None])
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts) for name, parts in inputs.items()}
-
-
 @pytest.mark.parametrize("shape", [("llama", 6, 2, 48), ("qwen3", 8, 4, 64)], ids=str)
-def test_biases_are_the_means_of_what_is_lost(model, text, uneven, shape):
+def test_biases_are_the_means_of_what_is_lost(model, text, uneven, inputs_of, shape):
     family, heads, kv_heads, hidden = shape
     full = model(family, heads=heads, kv_heads=kv_heads, hidden=hidden, layers=3)
     keep, batches = uneven(full.spec, seed=2), text(3)

@@ -13,23 +13,6 @@ PARTS = [Axis.FFN, Axis.KV_HEADS]
 NAMES = ["random", "magnitude", "wanda", "flap", "taylor"]
 
 
-def reference_inputs(stock, batches):
-    """Inputs of every linear over all samples, [tokens, in], by name."""
-    inputs = {}
-    handles = [
-        module.register_forward_pre_hook(lambda m, a, name=name: inputs.setdefault(name, []).append(a[0][0].detach()))
-        for name, module in stock.named_modules()
-        if name.endswith("_proj")
-    ]
-    with torch.no_grad():
-        for batch in batches:
-            for ids in batch.input_ids.split(list(batch.segments)):
-                stock(input_ids=ids[None])
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts) for name, parts in inputs.items()}
-
-
 def groups_of(layer, spec, values):
     """Sums per FFN channel and per KV head of element-wise importances by leaf, spelled out with loops."""
     ffn = torch.zeros(spec.ffn)
@@ -51,13 +34,13 @@ def linears(layer):
 
 @pytest.mark.parametrize("shape", [("llama", 6, 2, 48), ("qwen3", 8, 4, 64)])
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "flap"])
-def test_forward_scores_equal_a_plain_reference(model, text, name, shape):
+def test_forward_scores_equal_a_plain_reference(model, text, inputs_of, name, shape):
     family, heads, kv_heads, hidden = shape
     full = model(family, heads=heads, kv_heads=kv_heads, hidden=hidden)
     batches = text(3)
     scores = score_layers(name, full.walk(), [0, 1], PARTS, 0, batches)
     stock = full.stock()
-    inputs = reference_inputs(stock, batches)
+    inputs = inputs_of(stock, batches)
     for index, layer in enumerate(stock.model.layers):
         values = {}
         for leaf, linear in linears(layer).items():
