@@ -126,7 +126,7 @@ def stream_figures(
         resident: layers that stay there.
         at_once: micro-batches that pass a layer together.
         written: layers in host memory that were written to.
-        allocations: requests for device memory after the second step; None on a CPU, or where no third was taken.
+        allocations: requests for device memory in steps after the second; None on a CPU, or where no third was taken.
     """
     past = before or Traffic()
     part = Traffic(
