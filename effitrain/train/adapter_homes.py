@@ -24,12 +24,13 @@ class Deltas:
         adapters: those, by module path.
 
     Attributes:
-        errors: by layer, the share of the newest change's Frobenius norm that its low-rank form leaves out.
+        errors: [L], the share of each layer's newest change's Frobenius norm that its low-rank form leaves out; a
+            checkpoint holds them.
     """
 
     def __init__(self, decoder: Decoder, adapters: Mapping[str, Adapter]):
         self.decoder, self.adapters = decoder, adapters
-        self.errors: dict[int, float] = {}
+        self.errors = torch.zeros(len(decoder.layers), dtype=torch.float64)
         self._adapted: dict[int, dict[str, AdaptedLinear]] = {}
 
     def seat(self) -> Seat:
@@ -72,16 +73,16 @@ class Deltas:
         """Its adapters are there."""
 
     def waiting(self, active: tuple[int, ...]) -> dict[str, Tensor]:
-        """All adapters."""
-        return _factors(self.adapters)
+        """All adapters, and the errors of their form."""
+        return {**_factors(self.adapters), "rank_errors": self.errors}
 
     def trained(self) -> dict[str, Tensor]:
         """None: the model's own weights stay as they are."""
         return {}
 
     def facts(self) -> dict[str, Any]:
-        """The errors of the low-rank form."""
-        return {"rank_error_share": max(self.errors.values(), default=0.0)}
+        """The largest error of the low-rank form."""
+        return {"rank_error_share": self.errors.max().item()}
 
     def _frozen(self, layer: int, linear: FrozenLinear) -> Tensor:
         """The frozen weight in float32, from where it is."""
