@@ -1,7 +1,7 @@
 """The training part of a run: a job put together and tried out, trained under its watchers, and saved."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +18,11 @@ from effitrain.data.batches import Batches
 from effitrain.data.prepare import PreparedData
 from effitrain.evals.events import Events
 from effitrain.evals.perplexity import Evaluation
-from effitrain.evals.positions import ByPosition
 from effitrain.evals.scores import Scores
 from effitrain.io.run_folder import RunFolder
 from effitrain.model.load import Base
 from effitrain.pruning.loraprune import LoRAPrune
-from effitrain.report.files import stream_figures
+from effitrain.report.files import Outcome, stream_figures
 from effitrain.stream.engine import Span
 from effitrain.stream.streamer import Streamer
 from effitrain.train.hooks import (
@@ -46,26 +45,13 @@ from effitrain.train.state import TrainState
 WARM_STEPS = 2  # after these every buffer of a step is there
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Where training ended, the plan for the longest micro-batch of the data, losses on the evaluation set by step and
-    by position, and what streaming and LISA did.
-    """
-
-    state: TrainState
-    plan: Plan
-    points: list[tuple[int, float]]
-    stream: Mapping[str, Any] | None
-    timeline: Sequence[Span]
-    positions: ByPosition | None
-    lisa: Mapping[str, Any] | None
-
-
 def train_model(
     recipe: Recipe, the_plan: Plan, budget: MemoryBudget, meter: Meter, folder: RunFolder, base: Base,
     data: PreparedData, events: Events, adapter: str,
-) -> Trained:  # fmt: skip
+) -> Outcome:  # fmt: skip
     """Train ``base`` and save, in ``folder``, the adapter under the name ``adapter``, or the model that was changed.
+
+    What is told afterwards is of ``base``.
 
     Raises:
         OverBudget: a trial step takes more than the budget.
@@ -94,8 +80,13 @@ def train_model(
     _save(job, pruner, recipe, folder, base, adapter)
     if len(scores.points) < 2 or scores.points[-1][0] < state.step:
         scores.add("after")
-    turned = job.lisa.facts(state) if job.lisa else None
-    return Trained(state, expected, scores.points, stream, timeline, scores.by_position(), turned)
+    return Outcome(
+        *(recipe, expected, state, data.stats, scores.points, meter.peak()),
+        stream=stream,
+        timeline=timeline,
+        positions=scores.by_position(),
+        lisa=job.lisa.facts(state) if job.lisa else None,
+    )
 
 
 class StreamWatch(Hook):
