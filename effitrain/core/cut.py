@@ -104,11 +104,11 @@ def alignment_recipe(recipe: Recipe) -> Recipe:
 
 def read_pruned(spec: ModelSpec, widths: Sequence[Widths]) -> list[str]:
     """Paths of the linears that read what is pruned: ``o_proj`` and ``down_proj`` of layers that lose inputs."""
+    small = spec.resized(widths).linears
     return [
-        f"model.layers.{whole.index}.{linear.name}"
-        for whole, small in zip(spec.layers, spec.resized(widths).layers, strict=True)
-        for linear, left in zip(whole.linears, small.linears, strict=True)
-        if linear.out_axis == Axis.MODEL and left.in_features < linear.in_features
+        path
+        for path, linear in spec.linears.items()
+        if linear.out_axis == Axis.MODEL and small[path].in_features < linear.in_features
     ]
 
 

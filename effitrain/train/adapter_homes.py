@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from effitrain.adapters.attach import AdaptedLinear
 from effitrain.adapters.base import Adapter
+from effitrain.core.paths import layer_of
 from effitrain.io.nf4 import NF4Tensor
 from effitrain.model.decoder import Decoder
 from effitrain.model.trained import train_layer
@@ -127,8 +128,7 @@ class Adapters:
 
     def waiting(self, active: tuple[int, ...]) -> dict[str, Tensor]:
         """The tensors of all adapters but those of ``active``."""
-        within = tuple(f"model.layers.{layer}." for layer in active)
-        return _factors({path: adapter for path, adapter in self.adapters.items() if not path.startswith(within)})
+        return _factors({path: adapter for path, adapter in self.adapters.items() if layer_of(path) not in active})
 
     def trained(self) -> dict[str, Tensor]:
         """None: the model's own weights stay as they are."""
