@@ -47,7 +47,11 @@ def cut_widths(
     exempt: tuple[int, int] | None = None,
     multiple: int | None = None,
 ) -> tuple[Widths, ...]:
-    """The widths of each layer after pruning; see ``cut_spec``."""
+    """The widths of each layer after pruning; see ``cut_spec``.
+
+    Raises:
+        InputError: the ratio is none, or no layer is left to prune.
+    """
     if not 0 <= ratio < 1:
         raise InputError(
             f"--prune-ratio {ratio:g} is not a share from 0 to below 1.",

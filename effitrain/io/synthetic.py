@@ -52,7 +52,11 @@ class SyntheticCheckpoint:
         return name in self.shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the weight."""
+        """Shape of the weight.
+
+        Raises:
+            InputError: the model has none of this name.
+        """
         if name not in self.shapes:
             raise InputError(
                 f"The synthetic weights hold no tensor {name}.",

@@ -85,7 +85,11 @@ def remove_after(folder: Path, step: int) -> None:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Refuse what is no checkpoint, without reading one."""
+    """Refuse what is no checkpoint, without reading one.
+
+    Raises:
+        InputError: it is none.
+    """
     if not (folder / "state.json").is_file():
         raise InputError(f"{folder} is not a checkpoint: it has no state.json.", next_step="Name a step-N of a run.")
 
