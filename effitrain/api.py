@@ -23,7 +23,7 @@ from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.generation import texts_at_once
 from effitrain.core.ledger import Work
-from effitrain.core.methods import CHANGES_MODEL, LISA_FIELDS
+from effitrain.core.methods import CHANGES_MODEL
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
 from effitrain.core.positions import scaled_already, with_positions_of
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
@@ -60,7 +60,7 @@ __all__ = ["Events", "chat", "evaluate", "export", "plan", "prove", "prune", "re
 
 
 # What a recipe says of training alone: eval and chat leave it aside.
-_OF_TRAINING = ("method", "attention", "s2_group", "train_norms", "train_embeddings", *LISA_FIELDS)
+_OF_TRAINING = ("method", "attention", "s2_group", "train_norms", "train_embeddings", *Recipe.fields_in("lisa"))
 
 
 def prove(recipe: Recipe) -> Plan:

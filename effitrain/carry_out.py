@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +74,20 @@ def _carry_out(
     trained_on, adapter = (small.base.at_positions(base.source.config), "adapter-small") if small else (base, "adapter")
     if small:
         events.note("Training on the small model: losses by step are its own.")
-    trained = train_model(recipe, the_plan, budget, meter, folder, trained_on, data, events, adapter)
-    pruned, points = None, trained.points
+    run = train_model(recipe, the_plan, budget, meter, folder, trained_on, data, events, adapter)
     if small:
         bundle = recover_adapter(folder.path / adapter, small.keep, base, folder.path / "adapter")
         batches = make_batches(data.eval, recipe)
-        pruned, points = compare(recipe, base, device, batches, bundle, points, events.evaluated)
+        pruned, points = compare(recipe, base, device, batches, bundle, run.evals, events.evaluated)
+        run = replace(run, prune=pruned, evals=points, positions=None)  # of the full-size model alone
     elif pruning:
-        pruned = facts(recipe, points, [])
+        run = replace(run, prune=facts(recipe, run.evals, []))
     elif recipe.method == "lisa" and recipe.quant != "none":  # trained beside layers in 4 bits, which the model is not
         whole = find_base(str(folder.path / "model"))
-        points = ends(recipe, base, whole, device, make_batches(data.eval, recipe), points, events.evaluated)
-    positions = None if small else trained.positions  # of the full-size model alone
-    seen = (data.stats, points, meter.peak(), trained.stream, trained.timeline, pruned, positions)
+        batches = make_batches(data.eval, recipe)
+        run = replace(run, evals=ends(recipe, base, whole, device, batches, run.evals, events.evaluated))
     rope = rope_figures(recipe, base.spec, base.source.loads_from, folder.path)
-    return write_report(folder.path, recipe, trained.plan, trained.state, *seen, rope, trained.lisa)
+    return write_report(folder.path, replace(run, peak_bytes=meter.peak(), rope=rope))
 
 
 def _make_small(

@@ -1,7 +1,7 @@
 """The training part of a run: a job put together and tried out, trained under its watchers, and saved."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,16 +14,15 @@ from effitrain.core.methods import CHANGES_MODEL
 from effitrain.core.placement import Placement, place
 from effitrain.core.plan import Plan, for_tokens
 from effitrain.core.recipe import Recipe
-from effitrain.data.batches import Batches, longest, most_trained
+from effitrain.data.batches import Batches
 from effitrain.data.prepare import PreparedData
 from effitrain.evals.events import Events
 from effitrain.evals.perplexity import Evaluation
-from effitrain.evals.positions import ByPosition
 from effitrain.evals.scores import Scores
 from effitrain.io.run_folder import RunFolder
 from effitrain.model.load import Base
 from effitrain.pruning.loraprune import LoRAPrune
-from effitrain.report.files import stream_figures
+from effitrain.report.files import Outcome, stream_figures
 from effitrain.stream.engine import Span
 from effitrain.stream.streamer import Streamer
 from effitrain.train.hooks import (
@@ -46,26 +45,13 @@ from effitrain.train.state import TrainState
 WARM_STEPS = 2  # after these every buffer of a step is there
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Where training ended, the plan for the longest micro-batch of the data, losses on the evaluation set by step and
-    by position, and what streaming and LISA did.
-    """
-
-    state: TrainState
-    plan: Plan
-    points: list[tuple[int, float]]
-    stream: Mapping[str, Any] | None
-    timeline: Sequence[Span]
-    positions: ByPosition | None
-    lisa: Mapping[str, Any] | None
-
-
 def train_model(
     recipe: Recipe, the_plan: Plan, budget: MemoryBudget, meter: Meter, folder: RunFolder, base: Base,
     data: PreparedData, events: Events, adapter: str,
-) -> Trained:  # fmt: skip
+) -> Outcome:  # fmt: skip
     """Train ``base`` and save, in ``folder``, the adapter under the name ``adapter``, or the model that was changed.
+
+    What is told afterwards is of ``base``.
 
     Raises:
         OverBudget: a trial step takes more than the budget.
@@ -73,8 +59,8 @@ def train_model(
     job = _assembled(recipe, the_plan, meter.device, base, data, events)
     pruner = _pruner(job, recipe, the_plan, base)
     evaluated = make_batches(data.eval, recipe)
-    tokens, trained = len(longest(job.batches).input_ids), most_trained(job.batches)
-    expected = for_tokens(the_plan, base.spec, recipe, budget, tokens, trained)
+    tokens = len(job.batches.longest.input_ids)
+    expected = for_tokens(the_plan, base.spec, recipe, budget, tokens, job.batches.most_trained)
     _prove_budget(job, expected, meter, evaluated)
 
     state = resume(recipe, folder.path / "checkpoints", job, events.note)
@@ -88,30 +74,41 @@ def train_model(
         first = [Calls(pruner.after_backward, pruner.after_step)] if pruner else []
         turns = [job.lisa] if job.lisa else []
         watchers = _watchers(recipe, folder, state, scores, job.course.steps, events)
-        hooks = [*first, *turns, watch, *watchers, saver, stop]
+        hooks = [watch, *first, *turns, *watchers, saver, stop]
         train(job.decoder, job.batches, job.optimizer, job.course, state, job.clock, hooks, meter.peak)
     stream, timeline = watch.figures(), watch.timeline()
     _save(job, pruner, recipe, folder, base, adapter)
     if len(scores.points) < 2 or scores.points[-1][0] < state.step:
         scores.add("after")
-    turned = job.lisa.facts() if job.lisa else None
-    return Trained(state, expected, scores.points, stream, timeline, scores.by_position(), turned)
+    return Outcome(
+        *(recipe, expected, state, data.stats, scores.points, meter.peak()),
+        stream=stream,
+        timeline=timeline,
+        positions=scores.by_position(),
+        lisa=job.lisa.facts(state) if job.lisa else None,
+    )
 
 
 class StreamWatch(Hook):
-    """What streaming does from now on, and how often the device was asked for memory when every buffer was there."""
+    """What streaming does from now on, and how often a step asked the device for memory when every buffer was there."""
 
     def __init__(self, streamer: Streamer | None, the_plan: Plan, device: torch.device):
         self.streamer, self.plan, self.device = streamer, the_plan, device
         self.before = replace(streamer.traffic) if streamer else None
         self.steps = 0
         self.asked: int | None = None
+        self._at_start: int | None = None
+
+    def before_step(self, state: TrainState) -> None:
+        """What is asked for between steps, evaluations and saving, is not counted."""
+        self._at_start = device_allocations(self.device)
 
     def after_step(self, state: TrainState, record: StepRecord) -> None:
-        """Count from the step on that has seen everything."""
+        """Count from the step on that finds every buffer there."""
         self.steps += 1
-        if self.steps == WARM_STEPS:
-            self.asked = device_allocations(self.device)
+        now = device_allocations(self.device)
+        if self.steps > WARM_STEPS and now is not None and self._at_start is not None:
+            self.asked = (self.asked or 0) + now - self._at_start
 
     def figures(self) -> dict[str, Any] | None:
         """The ``stream`` part of the report; None where nothing streams."""
@@ -119,8 +116,7 @@ class StreamWatch(Hook):
             return None
         settings, written = self.plan.settings, self.streamer.host.written()
         layers = (settings.streamed, self.plan.resident_layers)
-        asked = None if self.asked is None else (device_allocations(self.device) or 0) - self.asked
-        return stream_figures(self.before, self.streamer.traffic, *layers, settings.at_once, written, asked)
+        return stream_figures(self.before, self.streamer.traffic, *layers, settings.at_once, written, self.asked)
 
     def timeline(self) -> Sequence[Span]:
         """What was copied and computed when, in the last pass."""
@@ -224,11 +220,10 @@ def _prove_budget(job: Job, the_plan: Plan, meter: Meter, evaluated: Batches) ->
     Raises:
         OverBudget: they take more than the budget.
     """
-    largest = longest(job.batches)
-    last = longest(evaluated) if evaluated.per_epoch else None
+    last = evaluated.longest if evaluated.per_epoch else None
     at_once = the_plan.settings.at_once
     try:
-        probe(job.decoder, [largest] * at_once, job.optimizer, job.clock, meter, at_once, last)
+        probe(job.decoder, [job.batches.longest] * at_once, job.optimizer, job.clock, meter, at_once, last)
     except torch.OutOfMemoryError:
         raise OverBudget(the_plan, None) from None
     if meter.peak() > the_plan.budget_bytes:

@@ -14,14 +14,15 @@ measured by the same tracker on all sides.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
+
+from study import measured
 
 SHAPE = {
     "vocab_size": 32000,
@@ -40,8 +41,7 @@ SPEEDS = ("tokens_per_second", "tokens_per_cpu_second")
 
 def main() -> None:
     """Parse the command line; a side measures itself, otherwise all are compared."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    parser = measured.arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="steps of a run; the first two are not timed")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
@@ -54,14 +54,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as work:
         report = _compare(Path(work), args)
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+    measured.write(report, args.out)
 
 
 def _compare(work: Path, args: argparse.Namespace) -> dict:
+    machine = {**measured.machine(), "peft": version("peft")}
     _prepare(work, args.layers)
     runs: dict[str, list[dict]] = {side: [] for side in SIDES}
     for repeat in range(args.repeats):
@@ -99,23 +96,7 @@ def _compare(work: Path, args: argparse.Namespace) -> dict:
         for side in SIDES[1:]
     }
     command = f"scripts/bench_cpu.py --repeats {args.repeats} --steps {args.steps} --layers {args.layers}"
-    return {"command": command, **_machine(), "ratios": ratios, "sides": sides}
-
-
-def _machine() -> dict:
-    from importlib.metadata import version
-
-    import torch
-
-    packages = ("torch", "transformers", "peft", "effitrain")
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": unknown")
-    return {
-        "cpu": model.partition(": ")[2],
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
+    return {"command": command, "machine": machine, "ratios": ratios, "sides": sides}
 
 
 def _prepare(work: Path, layers: int) -> None:

@@ -9,16 +9,14 @@ most; beside it stands what the plan says. Sides take turns, and seconds are med
 read ratios, and those of CPU seconds.
 """
 
-import argparse
-import json
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from study import measured
 
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.plan import make_plan, resolve
@@ -81,8 +79,7 @@ class Side:
 
 def main() -> None:
     """Measure, print, and write where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    parser = measured.arguments(__doc__)
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a side; one more warms up")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a row; 4 rows a step")
@@ -90,6 +87,7 @@ def main() -> None:
     parser.add_argument("--recompute", choices=["none", "mlp", "layer"], default="none")
     asked = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    machine = measured.machine()
     config = {**SHAPE, **(SMALL if asked.small else {}), "num_hidden_layers": asked.layers}
     sides = {name: Side(config, 4, asked.tokens, asked.recompute, fields) for name, fields in SIDES.items()}
     for number in range(asked.steps + 1):
@@ -99,6 +97,7 @@ def main() -> None:
     report = {
         "command": f"bench_lisa.py --steps {asked.steps} --layers {asked.layers} --tokens {asked.tokens}"
         f" --recompute {asked.recompute}",
+        "machine": machine,
         "sides": {
             name: {
                 "step_peak_bytes": side.measured,
@@ -112,11 +111,7 @@ def main() -> None:
             for name, side in sides.items()
         },
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(text + "\n")
+    measured.write(report, asked.out)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,14 @@ joining included; both sides take turns in one process and medians are reported,
 both. The score pairs of the segments are 0.23 of full attention's on one row.
 """
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from study import measured
 from torch import Tensor
 
 from effitrain.adapters.attach import attach
@@ -144,8 +141,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print, and write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser = measured.arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
@@ -155,15 +151,12 @@ def main() -> None:
     decoder, tokens = model(), asked.tokens
     ragged = [int(share * tokens) for share in RAGGED]
     rows = {"one row": [tokens], "ragged": [tokens - sum(ragged[1:]), *ragged[1:]]}
-    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-    results: dict[str, Any] = {"machine": machine, "threads": torch.get_num_threads(), "repeats": asked.repeats}
-    results |= {"load_before": os.getloadavg()[0], "model": CONFIG}
+    results: dict[str, Any] = {"machine": measured.machine(), "repeats": asked.repeats, "model": CONFIG}
     for name, lengths in rows.items():
         found = results[name] = compare(decoder, lengths, tokens // 8 * 2, asked.repeats)
         print(f"{name}: attention {found['attention_ratio']:.3f}x, step {found['step_ratio']:.3f}x,"
               f" peak {found['peak_ratio']:.3f}x, score pairs {found['pairs_ratio']:.3f}x", flush=True)  # fmt: skip
-    if asked.out:
-        asked.out.write_text(json.dumps(results, indent=2) + "\n")
+    measured.write(results, asked.out)
 
 
 if __name__ == "__main__":

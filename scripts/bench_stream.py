@@ -20,16 +20,13 @@ copies it is the least that the gain may be.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
+from study import measured
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
@@ -179,8 +176,7 @@ def _speed(shape: Shape, seconds: float) -> float:
 
 def main() -> None:
     """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    parser = measured.arguments(__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--deep", type=int, default=64, help="layers of the wide model of orders_of_one")
     parser.add_argument("--deep-repeats", type=int, default=2)
@@ -190,18 +186,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     report = {
-        "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__},
-        "load_before": os.getloadavg()[0],
+        "machine": measured.machine(),
         "model": {**CONFIG, "num_hidden_layers": args.layers, "tokens": args.tokens, "slots": args.slots},
         "hidden": hidden(args, 0.8),
         "orders": orders(args, Shape(CONFIG, args.layers, args.tokens), 3.0, 4, 4, args.repeats),
         "orders_of_one": orders(args, Shape(WIDE, args.deep, args.tokens, "none", 8), 3.0, 4, 1, args.deep_repeats),
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+    measured.write(report, args.out)
 
 
 if __name__ == "__main__":

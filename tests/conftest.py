@@ -1,6 +1,7 @@
 """What every test gets: no network, its own cache, fixed seeds, no thread left behind; data, models and the command
 line to ask for."""
 
+import hashlib
 import io
 import os
 import sys
@@ -73,6 +74,17 @@ def effitrain() -> Callable[..., Answer]:
         return Answer(end.value.code, out.getvalue(), err.getvalue())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def digests() -> Callable[..., dict[str, tuple[str, int]]]:
+    """``digests(*folders)``: hash and time of change of every file below them, by path."""
+
+    def of(*folders: Path) -> dict[str, tuple[str, int]]:
+        files = (path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())
+        return {str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) for path in files}
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import ast
 import re
 import resource
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ KERNELS_MAY_IMPORT = {"effitrain.core.errors"}
 CORE_MAY_IMPORT = sys.stdlib_module_names | {"pydantic", "yaml"}
 DATA_ROOM = "presets"  # TOML and built-in files: imports nothing of effitrain, every room may read it
 
-LINES = 400
+LINES, FUNCTION_LINES = 400, 60
 MACHINE_PATH = re.compile(r"(?<![\w.~}])/(?:home|root|work|Users)/\w")
 
 
@@ -209,6 +210,118 @@ def test_every_error_says_what_to_do():
         1,
         2,
     ]
+
+
+def public_parts(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    """Functions, classes and their methods that anyone may use, by name."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name, node
+            for part in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(part, ast.FunctionDef) and not part.name.startswith("_"):
+                    yield f"{node.name}.{part.name}", part
+
+
+def raised(function: ast.FunctionDef) -> Iterator[str]:
+    """What a function raises itself and does not catch: names of errors, or of functions that make one."""
+    left: list[ast.AST] = [*function.body]
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.FunctionDef):
+            continue
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+            yield node.exc.func.id
+        caught = node.body if isinstance(node, ast.Try) and node.handlers else []
+        left += (child for child in ast.iter_child_nodes(node) if child not in caught)
+
+
+def undocumented(source: str, raises: bool = True) -> Iterator[str]:
+    """Public parts of a module without docstring, and errors that a function makes and its docstring does not name.
+
+    A bug's own errors are no part of a contract.
+    """
+    tree = ast.parse(source)
+    if not ast.get_docstring(tree):
+        yield "the module"
+    for name, node in public_parts(tree):
+        said = ast.get_docstring(node)
+        if not said:
+            yield name
+        elif raises and isinstance(node, ast.FunctionDef):
+            for error in {*raised(node)} - {"NotImplementedError", "RuntimeError"}:
+                if (error if error[0].isupper() else "Error: ") not in said:
+                    yield f"{name} raises {error}"
+
+
+def test_public_docstrings_are_complete():
+    """In ``cli`` a docstring is what ``--help`` shows, and every error ends there."""
+    found = {
+        module: list(undocumented(path.read_text(encoding="utf-8"), room(module) != "cli"))
+        for module, path in MODULES.items()
+    }
+    assert not {module: parts for module, parts in found.items() if parts}
+
+
+def test_an_incomplete_docstring_is_found():
+    said = '"""Said."""'
+    source = f"""
+{said}
+def silent(): pass
+def _own(): raise InputError("a")
+def bare(x):
+    {said}
+    raise InputError("a")
+def helped(x):
+    {said}
+    raise _made(x)
+def told(x):
+    '''Said.
+
+    Raises:
+        InputError: a, or b.
+    '''
+    if x:
+        raise InputError("a")
+    raise _made(x)
+def caught(x):
+    {said}
+    try:
+        raise ValueError("a")
+    except ValueError:
+        return None
+class Kind:
+    {said}
+    def method(self): pass
+    def __len__(self): pass
+"""
+    assert list(undocumented(source)) == [
+        "silent",
+        "bare raises InputError",
+        "helped raises _made",
+        "Kind.method",
+    ]
+    assert list(undocumented("x = 1")) == ["the module"]
+
+
+def function_lines(source: str) -> Iterator[tuple[int, str]]:
+    """Lines of every function, with its name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            yield node.end_lineno - node.lineno + 1, node.name
+
+
+def test_no_function_is_long():
+    found = [
+        (lines, f"{path.relative_to(ROOT)}: {name}")
+        for path in PACKAGE_FILES
+        for lines, name in function_lines(path.read_text(encoding="utf-8"))
+    ]
+    assert not [place for lines, place in found if lines > FUNCTION_LINES]
+    files = [len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE_FILES if path.stem != "__init__"]
+    of_files, of_functions = statistics.median(files), statistics.median(lines for lines, _ in found)
+    print(f"{len(files)} files, median {of_files:.0f} lines; {len(found)} functions, median {of_functions:.0f} lines")
+    assert of_files <= 120 and of_functions <= 12
 
 
 def test_no_file_is_long():

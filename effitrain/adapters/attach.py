@@ -50,7 +50,11 @@ def attach(decoder: Decoder, config: AdapterConfig, clock: Clock) -> dict[str, A
 
 
 def target_names(names: list[str], targets: tuple[str, ...] | None) -> list[str]:
-    """The module paths that ``targets`` pick: a target is the path's last part or any longer end of it."""
+    """The module paths that ``targets`` pick: a target is the path's last part or any longer end of it.
+
+    Raises:
+        InputError: one picks nothing.
+    """
     if targets is None:
         return [name for name in names if name != "lm_head"]
     unknown = [t for t in targets if not any(_matches(name, t) for name in names)]

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from effitrain.core.errors import InputError
+from effitrain.core.paths import EMBEDDING, NORM, layer_of
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 from effitrain.model.decoder import Decoder
 from effitrain.model.embedding import Embedding, RowTable
 from effitrain.model.trained import master
-
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def train_in_full(decoder: Decoder, norms: bool, embeddings: bool) -> None:
@@ -94,15 +93,14 @@ def full_shape(spec: ModelSpec, name: str) -> tuple[int, ...] | None:
     """The shape of a norm or of the embedding; None for any other name."""
     if name == EMBEDDING:
         return spec.vocab, spec.hidden
-    parts = name.removesuffix(".weight").split(".")
-    if name == "model.norm.weight":
+    if name == NORM:
         return (spec.hidden,)
     known = {"input_layernorm": spec.hidden, "post_attention_layernorm": spec.hidden}
     if spec.qk_norm:
         known |= {"q_norm": spec.head_dim, "k_norm": spec.head_dim}
-    in_layer = len(parts) > 3 and parts[:2] == ["model", "layers"] and parts[2].isdecimal()
-    if in_layer and int(parts[2]) < spec.num_layers and parts[-1] in known:
-        return (known[parts[-1]],)
+    layer, norm = layer_of(name), name.removesuffix(".weight").rpartition(".")[2]
+    if layer is not None and layer < spec.num_layers and norm in known:
+        return (known[norm],)
     return None
 
 

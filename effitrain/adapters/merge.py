@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effitrain.adapters.full import EMBEDDING, check_full
+from effitrain.adapters.full import check_full
 from effitrain.adapters.storage import AdapterBundle
 from effitrain.core.errors import InputError
+from effitrain.core.paths import EMBEDDING, HEAD
 from effitrain.core.spec import ModelSpec
 from effitrain.io.atomic import atomic_folder, write_json
 from effitrain.io.checkpoint import Checkpoint
@@ -26,10 +27,8 @@ def check_fits(spec: ModelSpec, bundle: AdapterBundle) -> None:
     Raises:
         InputError: the adapter changes a linear that the model does not have, or has in another shape.
     """
-    shapes = {"lm_head": (spec.head.out_features, spec.head.in_features)}
-    for layer in spec.layers:
-        for linear in layer.linears:
-            shapes[f"model.layers.{layer.index}.{linear.name}"] = (linear.out_features, linear.in_features)
+    linears = {**spec.linears, "lm_head": spec.head}
+    shapes = {path: (linear.out_features, linear.in_features) for path, linear in linears.items()}
     for path, (B, A) in bundle.tensors.items():
         if shapes.get(path) != (B.shape[0], A.shape[1]):
             raise InputError(
@@ -74,8 +73,8 @@ def merge(
             "Name the original 16-bit model with --model.",
         )
     apart = "lm_head" in bundle.tensors or EMBEDDING in bundle.full  # the head is no longer the tied embedding
-    if apart and "lm_head.weight" not in names:
-        names.append("lm_head.weight")
+    if apart and HEAD not in names:
+        names.append(HEAD)
     with atomic_folder(target) as tmp:
         layout = {name: (dtype, tuple(weights.shape(name))) for name in names}
         write_shards(tmp, layout, lambda name: _merged(weights, bundle, name, dtype, progress), shard_bytes)

@@ -7,7 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from effitrain.core.names import nearest_name
+from effitrain.core.names import flag_of, nearest_name
 from effitrain.core.recipe import Recipe, read_recipe_file
 
 MODEL_FIELDS = ("model", "weights")
@@ -51,11 +51,11 @@ def _unknown_flag(error: click.NoSuchOption) -> str:
         return f"{error.option_name} is for `effitrain run` and `effitrain plan`; this verb has no use for it."
     own = [param.name for param in error.ctx.command.params if param.name] if error.ctx else []
     nearest = nearest_name(name, own)
-    return f"No such flag: {error.option_name}." + (f" Did you mean --{nearest.replace('_', '-')}?" if nearest else "")
+    return f"No such flag: {error.option_name}." + (f" Did you mean {flag_of(nearest)}?" if nearest else "")
 
 
 def _option(name: str, field: FieldInfo, without: Container[str]) -> Callable[[Any], Any]:
-    flag = "--" + name.replace("_", "-")
+    flag = flag_of(name)
     names = [flag, "-o", name] if name == "output_dir" else [flag, name]
     if _bare(field.annotation) is bool:
         names[0] = f"{flag}/--no-{name.replace('_', '-')}"

@@ -5,9 +5,9 @@ from typing import Any
 import click
 
 from effitrain.cli.flags import DATA_FIELDS, recipe_fields, recipe_flags
-from effitrain.core.recipe import PRUNE_FIELDS
+from effitrain.core.recipe import Recipe
 
-_CHOICES = [field for field in PRUNE_FIELDS if field not in ("small_model", "prune_method")]
+_CHOICES = [field for field in Recipe.fields_in("pruning") if field not in ("small_model", "prune_method")]
 _DATA = [*DATA_FIELDS, "eval_dataset", "eval_fraction", "seed", "quant", "dtype"]
 _LENGTH = ["max_seq_len", "rope_scaling", "rope_factor"]
 

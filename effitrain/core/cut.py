@@ -47,7 +47,11 @@ def cut_widths(
     exempt: tuple[int, int] | None = None,
     multiple: int | None = None,
 ) -> tuple[Widths, ...]:
-    """The widths of each layer after pruning; see ``cut_spec``."""
+    """The widths of each layer after pruning; see ``cut_spec``.
+
+    Raises:
+        InputError: the ratio is none, or no layer is left to prune.
+    """
     if not 0 <= ratio < 1:
         raise InputError(
             f"--prune-ratio {ratio:g} is not a share from 0 to below 1.",
@@ -104,11 +108,11 @@ def alignment_recipe(recipe: Recipe) -> Recipe:
 
 def read_pruned(spec: ModelSpec, widths: Sequence[Widths]) -> list[str]:
     """Paths of the linears that read what is pruned: ``o_proj`` and ``down_proj`` of layers that lose inputs."""
+    small = spec.resized(widths).linears
     return [
-        f"model.layers.{whole.index}.{linear.name}"
-        for whole, small in zip(spec.layers, spec.resized(widths).layers, strict=True)
-        for linear, left in zip(whole.linears, small.linears, strict=True)
-        if linear.out_axis == Axis.MODEL and left.in_features < linear.in_features
+        path
+        for path, linear in spec.linears.items()
+        if linear.out_axis == Axis.MODEL and small[path].in_features < linear.in_features
     ]
 
 

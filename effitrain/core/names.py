@@ -1,4 +1,4 @@
-"""What a name that is none was probably meant to be: a name of another tool, or a misspelt one of ours."""
+"""Names of fields: as flags, and what a name that is none was probably meant to be."""
 
 import difflib
 from collections.abc import Iterable
@@ -52,6 +52,11 @@ ELSEWHERE = {
     "init_adapter": ("adapter_name_or_path", "lora_model_dir", "resume_adapter_file"),
 }
 _OURS = {theirs: ours for ours, names in ELSEWHERE.items() for theirs in names}
+
+
+def flag_of(field: str) -> str:
+    """The flag of a recipe's field."""
+    return "--" + field.replace("_", "-")
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.choices import SAMPLES_PER_STEP, TILE_TOKENS, sequence_length
+from effitrain.core.names import flag_of
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 from effitrain.core.units import format_bytes
@@ -70,7 +71,7 @@ def _shortage(way: Way) -> str:
 
 
 def _changed(way: Way, change: Mapping[str, Any]) -> Alternative:
-    flags = " ".join(f"--{field.replace('_', '-')} {value}" for field, value in change.items())
+    flags = " ".join(f"{flag_of(field)} {value}" for field, value in change.items())
     return _alternative(replace(way, recipe=way.recipe.changed(**change)), flags)
 
 

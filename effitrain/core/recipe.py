@@ -1,15 +1,15 @@
 """The recipe: every choice of a run, as one frozen value. The command line's flags are made from these fields."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from effitrain.core import methods
 from effitrain.core.errors import InputError
-from effitrain.core.names import nearest_name
+from effitrain.core.methods import DEFAULTS
+from effitrain.core.names import flag_of, nearest_name
+from effitrain.core.rules import contradictions
 from effitrain.core.units import parse_bytes
 
 
@@ -229,6 +229,14 @@ class Recipe(BaseModel):
         """A copy with ``fields`` replaced, validated again."""
         return make_recipe({**self.model_dump(), **fields})
 
+    @classmethod
+    def fields_in(cls, group: str) -> tuple[str, ...]:
+        """The fields of a group: ``model``, ``data``, ``output``, ``memory``, ``training``, ``adapter``, ``lisa`` or
+        ``pruning``.
+        """
+        extra = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        return tuple(name for name, more in extra.items() if more == {"group": group})
+
     def to_yaml(self) -> str:
         """The recipe as YAML that ``--config`` reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -241,12 +249,6 @@ class Recipe(BaseModel):
 # Fields that change where a run goes or how it is watched, never what it computes.
 RUNTIME_FIELDS = {"output_dir", "resume", "report_to", "save_every", "keep_checkpoints", "gpu_mem", "host_mem", "gpu"}
 
-# Fields that only a run that prunes reads.
-PRUNE_FIELDS = (
-    *("prune_ratio", "prune_parts", "prune_method", "prune_score", "prune_ranking", "prune_round", "prune_exempt"),
-    *("align", "calib_dataset", "small_model"),
-)
-
 
 def make_recipe(fields: dict[str, Any]) -> Recipe:
     """A checked recipe from raw fields (flags, YAML or keyword arguments).
@@ -254,7 +256,7 @@ def make_recipe(fields: dict[str, Any]) -> Recipe:
     Raises:
         InputError: names every bad field at once, an unknown key with the nearest valid one.
     """
-    fields = {**methods.DEFAULTS.get(str(fields.get("method")), {}), **fields}
+    fields = {**DEFAULTS.get(str(fields.get("method")), {}), **fields}
     problems = [_unknown(key) for key in fields if key not in Recipe.model_fields]
     known = {key: value for key, value in fields.items() if key in Recipe.model_fields}
     recipe = None
@@ -265,7 +267,7 @@ def make_recipe(fields: dict[str, Any]) -> Recipe:
     except InputError as error:
         problems.append(str(error))
     if recipe is not None:
-        problems += [*_contradictions(recipe), *methods.contradictions(recipe)]
+        problems += contradictions(recipe)
     if problems or recipe is None:
         raise InputError("\n".join(problems), next_step="effitrain run --help lists every flag.")
     return recipe
@@ -292,48 +294,6 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in fields.items()}
 
 
-def _flag_name(field: str) -> str:
-    return "--" + field.replace("_", "-")
-
-
-def _contradictions(recipe: Recipe) -> Iterator[str]:
-    """Fields that cannot both be had."""
-    lean = recipe.recompute in ("auto", "layer")
-    if recipe.offload_activations == "on" and not lean:
-        yield f"--offload-activations on keeps layer inputs alone, and --recompute {recipe.recompute} keeps more."
-    if recipe.fit == "stream" and not lean:
-        yield f"--fit stream computes each layer again, and --recompute {recipe.recompute} does not."
-    if recipe.resident_layers is not None and recipe.fit not in ("auto", "stream", "prune"):
-        yield f"--resident-layers is for models that stream, and --fit is {recipe.fit}."
-    if (recipe.mlp_tiles or 1) > 1 and not lean:
-        yield f"--mlp-tiles computes layers again, and --recompute {recipe.recompute} keeps more of them."
-    if (recipe.mlp_tiles or 1) > 1 and recipe.lora_dropout:
-        yield "--mlp-tiles would drop the same elements in every tile: leave out --lora-dropout."
-    if recipe.join_documents and recipe.packing:
-        yield "--packing keeps samples apart, and --join-documents lets them see each other."
-    if recipe.join_documents and recipe.format not in ("auto", "text"):
-        yield f"--join-documents is for running text, and --format is {recipe.format}."
-    if recipe.stream_order != "auto" and recipe.fit == "resident":
-        yield f"--stream-order {recipe.stream_order} is for models that stream, and --fit is resident."
-    if recipe.s2_group is not None and recipe.attention != "s2":
-        yield f"--s2-group {recipe.s2_group} is for --attention s2, and --attention is {recipe.attention}."
-    if recipe.rope_factor is not None and recipe.rope_scaling == "none":
-        yield f"--rope-factor {recipe.rope_factor:g} scales positions, and --rope-scaling none leaves them alone."
-    if recipe.prune_method == "loraprune":
-        for field in ("train_norms", "train_embeddings"):
-            if getattr(recipe, field):
-                yield f"{_flag_name(field)} saves them with an adapter; --prune-method loraprune ships a whole model."
-        for field in ("prune_score", "prune_ranking", "align", "calib_dataset", "small_model"):
-            if getattr(recipe, field) != Recipe.model_fields[field].default:
-                yield f"{_flag_name(field)} is for --prune-method loram; loraprune scores by its own gradients."
-        if recipe.method != "lora":
-            yield f"--prune-method loraprune reads the gradients of a LoRA, and --method is {recipe.method}."
-    if recipe.fit not in ("auto", "prune"):
-        for field in PRUNE_FIELDS:
-            if getattr(recipe, field) != Recipe.model_fields[field].default:
-                yield f"{_flag_name(field)} {getattr(recipe, field)} is for --fit prune, and --fit is {recipe.fit}."
-
-
 def _unknown(key: str) -> str:
     nearest = nearest_name(key, Recipe.model_fields)
     return f"Unknown key {key!r}." + (f" Did you mean {nearest!r}?" if nearest else "")
@@ -343,4 +303,4 @@ def _describe(item: Any) -> str:
     field = str(item["loc"][0])
     message = item["msg"].removeprefix("Value error, ")
     end = "" if message.endswith("?") else "."
-    return f"{_flag_name(field)} {item['input']!r}: {message[0].lower()}{message[1:]}{end}"
+    return f"{flag_of(field)} {item['input']!r}: {message[0].lower()}{message[1:]}{end}"

@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from effitrain.core.errors import InputError
+from effitrain.core.families import FAMILIES, Family, family_of, is_size, read_sizes
+from effitrain.core.paths import path_of
 
 
 class Axis(StrEnum):
@@ -119,7 +121,7 @@ class ModelSpec:
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys are normalised head by head."""
-        return _FAMILIES[self.family].qk_norm
+        return FAMILIES[self.family].qk_norm
 
     @property
     def embedding_params(self) -> int:
@@ -138,6 +140,11 @@ class ModelSpec:
         """The place of each layer's shape in ``shapes``."""
         places = {(layer.linears, layer.other_params): kind for kind, (layer, _) in enumerate(self.shapes)}
         return tuple(places[layer.linears, layer.other_params] for layer in self.layers)
+
+    @cached_property
+    def linears(self) -> dict[str, LinearSpec]:
+        """The decoder linears by their paths, as ``model.layers.3.mlp.down_proj``."""
+        return {path_of(layer.index, linear.name): linear for layer in self.layers for linear in layer.linears}
 
     @property
     def linear_params(self) -> int:
@@ -177,7 +184,7 @@ class ModelSpec:
             replace(
                 layer,
                 linears=tuple(
-                    replace(linear, bias=linear.bias or f"model.layers.{layer.index}.{linear.name}" in paths)
+                    replace(linear, bias=linear.bias or path_of(layer.index, linear.name) in paths)
                     for linear in layer.linears
                 ),
             )
@@ -186,30 +193,7 @@ class ModelSpec:
         return replace(self, layers=tuple(layers))
 
 
-@dataclass(frozen=True)
-class _Family:
-    """What a family's config leaves unsaid (transformers' own defaults); ``*_bias``: always, never, or a config key."""
-
-    qkv_bias: bool | str = False
-    o_bias: bool | str = False
-    mlp_bias: bool | str = False
-    qk_norm: bool = False
-    head_dim: int | None = None
-    tied: bool = False
-
-
-_FAMILIES = {
-    "llama": _Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
-    "mistral": _Family(),
-    "qwen2": _Family(qkv_bias=True),
-    "qwen3": _Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, head_dim=128),
-    "gemma": _Family(qkv_bias="attention_bias", o_bias="attention_bias", head_dim=256, tied=True),
-}
-HANDLED = "Llama, Mistral, Qwen2, Qwen2.5, Qwen3 and Gemma (first version), dense"
 WIDTHS_KEY, BIASES_KEY = "effitrain_widths", "effitrain_biases"
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-          "max_position_embeddings")  # fmt: skip
 
 
 def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
@@ -219,8 +203,8 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
         InputError: a mixture of experts, a family not handled, or sizes that are missing or do not go together
             (all of them in one message).
     """
-    family = _family(config, name)
-    sizes = _sizes(config, family, name)
+    family = family_of(config, name)
+    sizes = read_sizes(config, family, name)
     hidden, heads, kv_heads, head_dim = (sizes[key] for key in ("hidden", "num_heads", "num_kv_heads", "head_dim"))
     linears = _linears(config, family, hidden, sizes["ffn"], heads * head_dim, kv_heads * head_dim)
     norms = 2 * hidden + (2 * head_dim if family.qk_norm else 0)
@@ -244,7 +228,7 @@ def _widths(value: Any, spec: ModelSpec) -> list[Widths]:
     try:
         widths = [Widths(*pair) for pair in zip(value["ffn"], value["kv_heads"], strict=True)]
         possible = all(
-            _is_size(w.ffn) and _is_size(w.kv_heads) and w.ffn <= spec.ffn and w.kv_heads <= spec.num_kv_heads
+            is_size(w.ffn) and is_size(w.kv_heads) and w.ffn <= spec.ffn and w.kv_heads <= spec.num_kv_heads
             for w in widths
         )
     except (TypeError, KeyError, ValueError):
@@ -261,8 +245,7 @@ def _widths(value: Any, spec: ModelSpec) -> list[Widths]:
 
 def _biases(value: Any, spec: ModelSpec) -> list[str]:
     """The linears that a pruned model's config.json gives a bias of their own."""
-    paths = {f"model.layers.{layer.index}.{linear.name}" for layer in spec.layers for linear in layer.linears}
-    if not isinstance(value, list) or not paths.issuperset(map(str, value)):
+    if not isinstance(value, list) or not spec.linears.keys() >= {*map(str, value)}:
         raise InputError(
             f"The {BIASES_KEY} of {spec.name} do not name linears of its {spec.num_layers} layers.",
             "Its config.json was changed by hand or is of another model.",
@@ -286,88 +269,14 @@ def pruned_config(config: Mapping[str, Any], small: ModelSpec) -> dict[str, Any]
         sizes[WIDTHS_KEY] = {"ffn": [w.ffn for w in widths], "kv_heads": [w.kv_heads for w in widths]}
     config = {key: value for key, value in config.items() if key not in (WIDTHS_KEY, BIASES_KEY)}
     own = {linear.name for linear in spec_from_config(config, small.name).layers[0].linears if linear.bias}
-    added = [
-        f"model.layers.{layer.index}.{linear.name}"
-        for layer in small.layers
-        for linear in layer.linears
-        if linear.bias and linear.name not in own
-    ]
+    added = [path for path, linear in small.linears.items() if linear.bias and linear.name not in own]
     if added:
         sizes[BIASES_KEY] = added
     return {**config, **sizes}
 
 
-def _family(config: Mapping[str, Any], name: str) -> _Family:
-    model_type = config.get("model_type")
-    handled = f"Handled: {HANDLED}."
-    experts = [key for key in _EXPERT_KEYS if config.get(key)]
-    if experts:
-        raise InputError(
-            f"{name} is a mixture of experts ({experts[0]} = {config[experts[0]]}).",
-            "This version trains dense models only.",
-            handled,
-        )
-    if not isinstance(model_type, str):
-        raise InputError(f"The config of {name} has no model_type.", "It may not be one of transformers.", handled)
-    if model_type not in _FAMILIES:
-        raise InputError(
-            f"{name} is of the family {model_type!r}, which this version does not handle.", next_step=handled
-        )
-    return _FAMILIES[model_type]
-
-
-def _sizes(config: Mapping[str, Any], family: _Family, name: str) -> dict[str, int]:
-    """The checked sizes by ModelSpec's field names, and num_layers."""
-    values: dict[str, Any] = {key: config.get(key) for key in _SIZES}
-    kv_heads = config.get("num_key_value_heads")
-    # Llama configs older than grouped heads do not name them; every other family always does.
-    values["num_key_value_heads"] = (
-        values["num_attention_heads"] if kv_heads is None and config["model_type"] == "llama" else kv_heads
-    )
-    head_dim = config.get("head_dim")
-    if head_dim is not None or family.head_dim is not None:
-        values["head_dim"] = family.head_dim if head_dim is None else head_dim
-    problems = [_problem(key, value) for key, value in values.items() if not _is_size(value)]
-    problems = problems or _mismatches(values)
-    if problems:
-        raise InputError(
-            f"The config of {name} cannot be used: {'; '.join(problems)}.", next_step="Check its config.json."
-        )
-    hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    return {
-        "hidden": hidden,
-        "ffn": values["intermediate_size"],
-        "num_heads": heads,
-        "num_kv_heads": values["num_key_value_heads"],
-        "head_dim": values.get("head_dim", hidden // heads),
-        "vocab": values["vocab_size"],
-        "max_positions": values["max_position_embeddings"],
-        "num_layers": values["num_hidden_layers"],
-    }
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _problem(key: str, value: Any) -> str:
-    return f"{key} is missing" if value is None else f"{key} must be a whole number above 0, not {value!r}"
-
-
-def _mismatches(values: Mapping[str, Any]) -> list[str]:
-    hidden, heads, kv_heads = values["hidden_size"], values["num_attention_heads"], values["num_key_value_heads"]
-    problems = []
-    if heads % kv_heads:
-        problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if "head_dim" not in values and hidden % heads:
-        problems.append(
-            f"head_dim is missing and hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
-        )
-    return problems
-
-
 def _linears(
-    config: Mapping[str, Any], family: _Family, hidden: int, ffn: int, q_size: int, kv_size: int
+    config: Mapping[str, Any], family: Family, hidden: int, ffn: int, q_size: int, kv_size: int
 ) -> tuple[LinearSpec, ...]:
     def has(bias: bool | str) -> bool:
         return bool(config.get(bias)) if isinstance(bias, str) else bias

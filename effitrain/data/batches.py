@@ -1,6 +1,7 @@
 """Micro-batches: whole samples laid end to end without padding, in an order that depends on seed and epoch alone."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -89,26 +90,25 @@ class Batches:
             len(samples),
         )
 
+    @cached_property
+    def longest(self) -> MicroBatch:
+        """The longest ``batch_size`` rows together, for the probe: no micro-batch of any epoch has more tokens.
 
-def longest(batches: Batches) -> MicroBatch:
-    """The longest ``batch_size`` rows together, for the probe: no micro-batch of any epoch has more tokens.
+        Raises:
+            ValueError: the set is empty.
+        """
+        if not self.rows:
+            raise ValueError("the set is empty")
+        chosen = np.argsort(-self._by_row(self.token_set.lengths), kind="stable")[: self.batch_size]
+        return self.gather(np.concatenate([self.rows[row] for row in chosen]))
 
-    Raises:
-        ValueError: the set is empty.
-    """
-    if not batches.rows:
-        raise ValueError("the set is empty")
-    chosen = np.argsort(-_by_row(batches, batches.token_set.lengths), kind="stable")[: batches.batch_size]
-    return batches.gather(np.concatenate([batches.rows[row] for row in chosen]))
+    @property
+    def most_trained(self) -> int:
+        """Trained tokens of the ``batch_size`` rows that have the most: no micro-batch of any epoch has more."""
+        tokens = self.token_set
+        ends = np.append(0, np.cumsum(tokens.labels != IGNORE))[tokens.offsets]
+        return int(np.sort(self._by_row(np.diff(ends)))[-self.batch_size :].sum())
 
-
-def most_trained(batches: Batches) -> int:
-    """Trained tokens of the ``batch_size`` rows that have the most: no micro-batch of any epoch has more."""
-    tokens = batches.token_set
-    ends = np.append(0, np.cumsum(tokens.labels != IGNORE))[tokens.offsets]
-    return int(np.sort(_by_row(batches, np.diff(ends)))[-batches.batch_size :].sum())
-
-
-def _by_row(batches: Batches, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``counts`` of samples, summed up by row."""
-    return np.array([counts[row].sum() for row in batches.rows])
+    def _by_row(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``counts`` of samples, summed up by row."""
+        return np.array([counts[row].sum() for row in self.rows])

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from effitrain.core.errors import InputError
+from effitrain.core.paths import EMBEDDING, HEAD
 from effitrain.core.spec import spec_from_config
 from effitrain.io.model_folder import StoredTensor, on_disk, read_config, stored_tensors
 from effitrain.io.nf4 import COMPANIONS, STATE, NF4Tensor, read_state, unhandled_quantisation
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,

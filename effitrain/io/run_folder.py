@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from effitrain.core.errors import InputError
+from effitrain.core.names import flag_of
 from effitrain.core.positions import same_positions
 from effitrain.core.recipe import Recipe
 from effitrain.io.atomic import write_json
@@ -52,7 +53,7 @@ class RunFolder:
         asked = recipe.result_fields()
         known = [{key: (old.get(key), new) for key, new in asked.items() if old.get(key) != new} for old in self._known]
         changed = min(known, key=len, default={})
-        return [f"--{key.replace('_', '-')} {_shown(old)} -> {_shown(new)}" for key, (old, new) in changed.items()]
+        return [f"{flag_of(key)} {_shown(old)} -> {_shown(new)}" for key, (old, new) in changed.items()]
 
     @property
     def _known(self) -> list[dict[str, Any]]:

@@ -10,8 +10,9 @@ from functools import cache
 from pathlib import Path
 
 from effitrain.core.errors import InputError
+from effitrain.core.paths import EMBEDDING, HEAD
 from effitrain.core.spec import spec_from_config
-from effitrain.io.checkpoint import EMBEDDING, HEAD, Checkpoint, canonical_name, check_quantisation
+from effitrain.io.checkpoint import Checkpoint, canonical_name, check_quantisation
 from effitrain.io.hub import ModelSource, fetch_file, revision_of
 from effitrain.io.model_folder import INDEX, SINGLE, StoredTensor, read_header, read_json
 

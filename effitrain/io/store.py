@@ -23,6 +23,7 @@ from torch import Tensor
 
 from effitrain.core.errors import InputError
 from effitrain.core.layout import NF4, Field, Layout, Part
+from effitrain.core.paths import path_of
 from effitrain.core.units import format_bytes
 from effitrain.io.atomic import Unwritable, remove_folder, remove_stale, write_json
 from effitrain.io.checkpoint import read_tensor
@@ -148,7 +149,7 @@ class Store:
     @cached_property
     def _fields(self) -> Mapping[str, tuple[int, Field]]:
         return {
-            f"model.layers.{layer}.{field.name}.weight": (layer, field)
+            path_of(layer, field.name, "weight"): (layer, field)
             for layer, layout in enumerate(self.layouts)
             for field in layout.fields
         }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from effitrain.core.errors import InputError
+from effitrain.core.paths import EMBEDDING, HEAD, NORM, path_of
 from effitrain.core.spec import ModelSpec
 from effitrain.io.nf4 import BLOCK, NESTED_BLOCK, NF4Tensor
 
@@ -51,7 +52,11 @@ class SyntheticCheckpoint:
         return name in self.shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the weight."""
+        """Shape of the weight.
+
+        Raises:
+            InputError: the model has none of this name.
+        """
         if name not in self.shapes:
             raise InputError(
                 f"The synthetic weights hold no tensor {name}.",
@@ -127,21 +132,20 @@ class EmptyCheckpoint(SyntheticCheckpoint):
 
 def shapes_of(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a checkpoint of ``spec``; a tied head has none."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab, spec.hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab, spec.hidden)}
     for layer in spec.layers:
-        prefix = f"model.layers.{layer.index}."
         for linear in layer.linears:
-            shapes[f"{prefix}{linear.name}.weight"] = (linear.out_features, linear.in_features)
+            shapes[path_of(layer.index, linear.name, "weight")] = (linear.out_features, linear.in_features)
             if linear.bias:
-                shapes[f"{prefix}{linear.name}.bias"] = (linear.out_features,)
+                shapes[path_of(layer.index, linear.name, "bias")] = (linear.out_features,)
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}{norm}.weight"] = (spec.hidden,)
+            shapes[path_of(layer.index, norm, "weight")] = (spec.hidden,)
         if layer.other_params > 2 * spec.hidden:
             for norm in ("self_attn.q_norm", "self_attn.k_norm"):
-                shapes[f"{prefix}{norm}.weight"] = (spec.head_dim,)
-    shapes["model.norm.weight"] = (spec.hidden,)
+                shapes[path_of(layer.index, norm, "weight")] = (spec.head_dim,)
+    shapes[NORM] = (spec.hidden,)
     if not spec.tied:
-        shapes["lm_head.weight"] = (spec.head.out_features, spec.head.in_features)
+        shapes[HEAD] = (spec.head.out_features, spec.head.in_features)
     return shapes
 
 

@@ -50,6 +50,9 @@ def stream_safetensors(path: Path, layout: Layout, read: Callable[[str], Tensor]
     """Write the tensors of ``layout`` (dtype and shape by name) to ``path``, asking ``read`` for one after the other.
 
     The caller makes the file appear as a whole, by writing into an ``atomic_folder``.
+
+    Raises:
+        ValueError: a tensor is not what ``layout`` says.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from effitrain.core.blobs import SLOTS
 from effitrain.core.errors import InputError
+from effitrain.core.paths import EMBEDDING, HEAD, path_of
 from effitrain.core.placement import Placement, place
 from effitrain.core.positions import with_positions_of
 from effitrain.core.recipe import Recipe
@@ -228,9 +229,9 @@ def stream(
         slot_bytes: room of a slot for layers that are to stream in another form later.
     """
     held = () if shapes_only else placement.in_host_memory
-    host = HostLayers(source, held, device, lambda layer: progress(f"model.layers.{layer}"))
+    host = HostLayers(source, held, device, lambda layer: progress(path_of(layer)))
     for layer in sorted(placement.on_disk):
-        progress(f"model.layers.{layer}")
+        progress(path_of(layer))
     linears = {layer: frozen_linears(decoder.layers[layer]) for layer in placement.streamed}
     if linears or slot_bytes:
         slots = SLOTS if slot_bytes else placement.slots
@@ -276,14 +277,14 @@ def fill(
     table = (spec.vocab, spec.hidden)
     embedding: Any = model.embed_tokens
     embedding.device = device
-    embedding.weight = dense("model.embed_tokens.weight", table, torch.device("cpu") if host_embedding else device)
+    embedding.weight = dense(EMBEDDING, table, torch.device("cpu") if host_embedding else device)
     head = decoder.lm_head
     assert isinstance(head, FrozenLinear)
-    head.weight = embedding.weight.to(device) if spec.tied else dense("lm_head.weight", table)
+    head.weight = embedding.weight.to(device) if spec.tied else dense(HEAD, table)
     for index in range(len(decoder.layers)):
         fill_layer(decoder, index, weights, quant, dtype, device, index in streamed)
         if index not in streamed:
-            progress(f"model.layers.{index}")
+            progress(path_of(index))
     fill_norm(decoder, weights, dtype, device)
     return decoder
 
@@ -302,14 +303,14 @@ def fill_layer(
     def dense(name: str, shape: tuple[int, ...]) -> Tensor:
         return read_dense(weights, name, shape, dtype, device)
 
-    prefix, layer = f"model.layers.{index}.", decoder.layers[index]
+    layer = decoder.layers[index]
     for linear in frozen_linears(layer):
-        name, shape = f"{prefix}{linear.spec.name}", (linear.out_features, linear.in_features)
+        name, shape = path_of(index, linear.spec.name), (linear.out_features, linear.in_features)
         if not streamed:
             linear.weight = read_frozen(weights, f"{name}.weight", shape, quant, dtype, device)
         if linear.spec.bias:
             linear.bias = dense(f"{name}.bias", shape[:1])
-    _fill_parameters(layer, prefix, dense)
+    _fill_parameters(layer, path_of(index, ""), dense)
 
 
 def fill_norm(decoder: Decoder, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:

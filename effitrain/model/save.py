@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effitrain.core.paths import HEAD
 from effitrain.io.atomic import atomic_folder, write_json
-from effitrain.io.checkpoint import HEAD
 from effitrain.io.model_folder import copy_companions
 from effitrain.io.writer import SHARD_BYTES, write_shards
 from effitrain.model.load import Base

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effitrain.core.paths import EMBEDDING, HEAD
 from effitrain.data.batches import MicroBatch
 from effitrain.model.decoder import Decoder
 from effitrain.model.load import fill_layer, fill_norm, frozen_linears, settle_threads
@@ -50,7 +51,7 @@ class Walk:
         embedding: Any = self.decoder.model.embed_tokens
         own = embedding.weight  # of an adapter that brings one
         if own is None:
-            embedding.weight = self._table("model.embed_tokens.weight", torch.device("cpu"))
+            embedding.weight = self._table(EMBEDDING, torch.device("cpu"))
         passing = []
         for batch in batches:
             x = embedding(batch.input_ids[None])
@@ -80,7 +81,7 @@ class Walk:
     @contextmanager
     def head(self) -> Iterator[None]:
         """The head, filled within the block."""
-        name = "model.embed_tokens.weight" if self.decoder.spec.tied else "lm_head.weight"
+        name = EMBEDDING if self.decoder.spec.tied else HEAD
         frozen(self.decoder.lm_head).weight = self._table(name, self.device)
         try:
             yield

@@ -82,6 +82,7 @@ class FrozenLinear(nn.Module):
         return self.dense(dtype)[rows][:, columns]
 
     def extra_repr(self) -> str:
+        """Sizes and storage, as torch prints a module."""
         kind = "nf4" if isinstance(self.weight, NF4Tensor) else getattr(self.weight, "dtype", "empty")
         return f"{self.in_features}, {self.out_features}, {kind}"
 

@@ -4,6 +4,7 @@ import json
 import platform
 import resource
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,31 +27,17 @@ _MORE = 1.05  # measured over predicted peak that is worth a warning
 _PACKAGES = ("effitrain", "torch", "transformers", "bitsandbytes", "safetensors", "datasets")
 
 
-def write_report(
-    folder: Path,
-    recipe: Recipe,
-    plan: Plan,
-    state: TrainState,
-    data: DataStats,
-    evals: Sequence[tuple[int, float]],
-    measured_peak_bytes: int,
-    stream: Mapping[str, Any] | None = None,
-    timeline: Sequence[Span] = (),
-    prune: Mapping[str, Any] | None = None,
-    positions: ByPosition | None = None,
-    rope: Mapping[str, Any] | None = None,
-    lisa: Mapping[str, Any] | None = None,
-) -> Report:
-    """Write the report of a finished run; report.json comes last, for it marks the run as finished.
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
 
-    Args:
-        folder: the run folder.
+    Attributes:
         recipe: as resolved by the plan.
-        plan: what was predicted.
+        plan: what was predicted, for the longest micro-batch of the data.
         state: where training ended.
         data: counts of the training data.
         evals: (step, loss) on the evaluation set, the first one before training.
-        measured_peak_bytes: of the device.
+        peak_bytes: most bytes on the device.
         stream: what ``stream_figures`` says, where layers streamed.
         timeline: of the last streamed pass, in seconds.
         prune: what pruning and recovery did, for a run that pruned.
@@ -58,37 +45,58 @@ def write_report(
         rope: what ``rope_figures`` says, where positions were scaled.
         lisa: which layers were trained how often, and what they took, where layers took turns.
     """
-    scored = [loss for _, loss in evals]
-    report = Report(
+
+    recipe: Recipe
+    plan: Plan
+    state: TrainState
+    data: DataStats
+    evals: list[tuple[int, float]]
+    peak_bytes: int
+    stream: Mapping[str, Any] | None = None
+    timeline: Sequence[Span] = ()
+    prune: Mapping[str, Any] | None = None
+    positions: ByPosition | None = None
+    rope: Mapping[str, Any] | None = None
+    lisa: Mapping[str, Any] | None = None
+
+
+def write_report(folder: Path, run: Outcome) -> Report:
+    """Write the report of a finished run; report.json comes last, for it marks the run as finished."""
+    report = _report(run, "adapter" if (folder / "adapter").is_dir() else None)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    png = loss_png(metrics, run.evals, report.trained_small)
+    write_bytes(folder / "loss.png", png)
+    pictures = (
+        png,
+        timeline_png(run.timeline) if run.timeline else None,
+        positions_png(report.positions) if report.positions else None,
+    )
+    write_text(folder / "report.html", render_report(report.to_json(), run.plan.to_json(), metrics, *pictures))
+    write_json(folder / "report.json", report.to_json())
+    return report
+
+
+def _report(run: Outcome, adapter: str | None) -> Report:
+    recipe, plan, state, data = run.recipe, run.plan, run.state, run.data
+    return Report(
         model=recipe.model,
         fit=plan.fit,
         method=recipe.method,
         steps=state.step,
         tokens=state.tokens,
         seconds=state.seconds,
-        loss=Losses(state.first_loss, state.last_loss, *_ends(scored)),
-        memory=Memory(plan.budget_bytes, plan.peak_bytes, measured_peak_bytes, _peak_rss_bytes()),
+        loss=Losses(state.first_loss, state.last_loss, *_ends([loss for _, loss in run.evals])),
+        memory=Memory(plan.budget_bytes, plan.peak_bytes, run.peak_bytes, _peak_rss_bytes()),
         data=DataUse(data.samples, data.trained_share, data.truncated, data.dropped),
         versions=versions(),
-        prune=prune,
-        lisa=lisa,
-        adapter="adapter" if (folder / "adapter").is_dir() else None,
-        warnings=tuple(_warnings(plan, data, evals, measured_peak_bytes, positions)),
-        stream=stream,
-        positions=positions.rows() if positions else None,
-        rope=rope,
+        warnings=tuple(_warnings(run)),
+        adapter=adapter,
+        stream=run.stream,
+        prune=run.prune,
+        positions=run.positions.rows() if run.positions else None,
+        rope=run.rope,
+        lisa=run.lisa,
     )
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    png = loss_png(metrics, evals, report.trained_small)
-    write_bytes(folder / "loss.png", png)
-    pictures = (
-        png,
-        timeline_png(timeline) if timeline else None,
-        positions_png(report.positions) if report.positions else None,
-    )
-    write_text(folder / "report.html", render_report(report.to_json(), plan.to_json(), metrics, *pictures))
-    write_json(folder / "report.json", report.to_json())
-    return report
 
 
 def rope_figures(recipe: Recipe, spec: ModelSpec, base: str, folder: Path) -> dict[str, Any] | None:
@@ -126,7 +134,7 @@ def stream_figures(
         resident: layers that stay there.
         at_once: micro-batches that pass a layer together.
         written: layers in host memory that were written to.
-        allocations: requests for device memory after the second step; None on a CPU, or where no third was taken.
+        allocations: requests for device memory in steps after the second; None on a CPU, or where no third was taken.
     """
     past = before or Traffic()
     part = Traffic(
@@ -151,14 +159,9 @@ def stream_figures(
     }
 
 
-def _warnings(
-    plan: Plan,
-    data: DataStats,
-    evals: Sequence[tuple[int, float]],
-    measured_peak_bytes: int,
-    positions: ByPosition | None,
-) -> Iterator[str]:
+def _warnings(run: Outcome) -> Iterator[str]:
     """What a user should know of a run that went through."""
+    plan, data, evals = run.plan, run.data, run.evals
     lost = data.truncated + data.dropped
     if lost > _MANY * (data.samples + data.dropped):
         yield (
@@ -169,10 +172,10 @@ def _warnings(
         yield "There was no evaluation set, so whether the model got better was not measured."
     elif evals[-1][1] > evals[0][1]:
         yield f"The evaluation loss rose from {evals[0][1]:.4f} to {evals[-1][1]:.4f}: try a smaller --lr."
-    if positions and positions.warning:
-        yield positions.warning
-    if measured_peak_bytes > _MORE * plan.peak_bytes:
-        yield (f"The step took {format_bytes(measured_peak_bytes)}, the plan expected {format_bytes(plan.peak_bytes)}.")
+    if run.positions and run.positions.warning:
+        yield run.positions.warning
+    if run.peak_bytes > _MORE * plan.peak_bytes:
+        yield f"The step took {format_bytes(run.peak_bytes)}, the plan expected {format_bytes(plan.peak_bytes)}."
 
 
 def _ends(scored: Sequence[float]) -> tuple[float | None, float | None]:

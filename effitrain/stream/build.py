@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from effitrain.core.paths import EMBEDDING, layer_of, path_of
 from effitrain.core.spec import ModelSpec
 from effitrain.io.atomic import replacing
 from effitrain.io.blob import write_blob
-from effitrain.io.checkpoint import EMBEDDING
 from effitrain.io.store import (
     EMBEDDING_FILE,
     HEAD_FILE,
@@ -26,7 +26,7 @@ from effitrain.io.store import (
 from effitrain.io.synthetic import shapes_of
 from effitrain.io.writer import stream_safetensors
 from effitrain.quant.read import DTYPES, Weights, read_dense
-from effitrain.stream.fresh import FreshLayers, weight_name
+from effitrain.stream.fresh import FreshLayers
 
 
 class StoredWeights(Weights, Protocol):
@@ -87,7 +87,7 @@ def _build(
                 weights.done_with(list(table))
                 if (layer := done - 2) in range(spec.num_layers):
                     _write_layer(layer_path(partial, layer), layer, layers)
-                    weights.done_with([weight_name(layer, field.name) for field in layouts[layer].fields])
+                    weights.done_with([path_of(layer, field.name, "weight") for field in layouts[layer].fields])
                 progress(done, len(tables))
     return open_store(root / key.folder)
 
@@ -96,7 +96,7 @@ def table_shapes(spec: ModelSpec) -> dict[Path, dict[str, tuple[int, ...]]]:
     """All tensors but the matrices of the decoder linears, by the file they go to: embedding, each layer's norms and
     biases, last norm and head. The order is that of checkpoints.
     """
-    matrices = {weight_name(layer.index, linear.name) for layer in spec.layers for linear in layer.linears}
+    matrices = {f"{path}.weight" for path in spec.linears}
     files = [EMBEDDING_FILE, *(small_path(layer) for layer in range(spec.num_layers)), HEAD_FILE]
     tables: dict[Path, dict[str, tuple[int, ...]]] = {file: {} for file in files}
     for name, shape in shapes_of(spec).items():
@@ -106,8 +106,9 @@ def table_shapes(spec: ModelSpec) -> dict[Path, dict[str, tuple[int, ...]]]:
 
 
 def _file_of(name: str) -> Path:
-    if name.startswith("model.layers."):
-        return small_path(int(name.split(".")[2]))
+    layer = layer_of(name)
+    if layer is not None:
+        return small_path(layer)
     return EMBEDDING_FILE if name == EMBEDDING else HEAD_FILE
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from effitrain.core.layout import NF4, Field, Layout, layer_layout
+from effitrain.core.paths import path_of
 from effitrain.core.spec import ModelSpec
 from effitrain.io.blob import Weight, parts_of, views
 from effitrain.quant.read import DTYPES, Weights, read_frozen
@@ -20,7 +21,7 @@ class FreshLayers:
 
     def layout(self, layer: int) -> Layout:
         """How the bytes of ``layer`` are laid out."""
-        return layer_layout(self.spec.layers[layer], lambda linear: self._form(weight_name(layer, linear)))
+        return layer_layout(self.spec.layers[layer], lambda linear: self._form(path_of(layer, linear, "weight")))
 
     def weight(self, layer: int, field: Field) -> Weight:
         """One weight of ``layer``, on the device.
@@ -28,7 +29,7 @@ class FreshLayers:
         Raises:
             InputError: it is missing, has another shape, or holds NaN or infinity.
         """
-        name = weight_name(layer, field.name)
+        name = path_of(layer, field.name, "weight")
         return read_frozen(self.weights, name, field.shape, self.quant, DTYPES[self.dtype], self.device)
 
     def read_into(self, layer: int, target: Tensor) -> None:
@@ -44,8 +45,3 @@ class FreshLayers:
 
     def _form(self, name: str) -> str:
         return NF4 if self.quant == NF4 or self.weights.is_nf4(name) else self.dtype
-
-
-def weight_name(layer: int, linear: str) -> str:
-    """The name of a linear's weight in a checkpoint."""
-    return f"model.layers.{layer}.{linear}.weight"

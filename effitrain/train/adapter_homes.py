@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from effitrain.adapters.attach import AdaptedLinear
 from effitrain.adapters.base import Adapter
+from effitrain.core.paths import layer_of
 from effitrain.io.nf4 import NF4Tensor
 from effitrain.model.decoder import Decoder
 from effitrain.model.trained import train_layer
@@ -24,12 +25,13 @@ class Deltas:
         adapters: those, by module path.
 
     Attributes:
-        errors: by layer, the share of the newest change's Frobenius norm that its low-rank form leaves out.
+        errors: [L], the share of each layer's newest change's Frobenius norm that its low-rank form leaves out; a
+            checkpoint holds them.
     """
 
     def __init__(self, decoder: Decoder, adapters: Mapping[str, Adapter]):
         self.decoder, self.adapters = decoder, adapters
-        self.errors: dict[int, float] = {}
+        self.errors = torch.zeros(len(decoder.layers), dtype=torch.float64)
         self._adapted: dict[int, dict[str, AdaptedLinear]] = {}
 
     def seat(self) -> Seat:
@@ -72,16 +74,16 @@ class Deltas:
         """Its adapters are there."""
 
     def waiting(self, active: tuple[int, ...]) -> dict[str, Tensor]:
-        """All adapters."""
-        return _factors(self.adapters)
+        """All adapters, and the errors of their form."""
+        return {**_factors(self.adapters), "rank_errors": self.errors}
 
     def trained(self) -> dict[str, Tensor]:
         """None: the model's own weights stay as they are."""
         return {}
 
     def facts(self) -> dict[str, Any]:
-        """The errors of the low-rank form."""
-        return {"rank_error_share": max(self.errors.values(), default=0.0)}
+        """The largest error of the low-rank form."""
+        return {"rank_error_share": self.errors.max().item()}
 
     def _frozen(self, layer: int, linear: FrozenLinear) -> Tensor:
         """The frozen weight in float32, from where it is."""
@@ -126,8 +128,7 @@ class Adapters:
 
     def waiting(self, active: tuple[int, ...]) -> dict[str, Tensor]:
         """The tensors of all adapters but those of ``active``."""
-        within = tuple(f"model.layers.{layer}." for layer in active)
-        return _factors({path: adapter for path, adapter in self.adapters.items() if not path.startswith(within)})
+        return _factors({path: adapter for path, adapter in self.adapters.items() if layer_of(path) not in active})
 
     def trained(self) -> dict[str, Tensor]:
         """None: the model's own weights stay as they are."""

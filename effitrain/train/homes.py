@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from effitrain.core.paths import path_of
 from effitrain.core.spec import LayerSpec
 from effitrain.model.decoder import Decoder
 from effitrain.model.trained import freeze_layer, layer_weights, train_layer
@@ -98,7 +99,7 @@ class Resident:
         """The layers' own tensors."""
         layers = sorted(self.visited - set(active))
         return {
-            f"model.layers.{layer}.{path}": weight
+            path_of(layer, path): weight
             for layer in layers
             for path, weight in layer_weights(self.decoder.layers[layer]).items()
         }

@@ -106,7 +106,11 @@ class StopOnSignal(Hook):
         self.asked = True
 
     def after_step(self, state: TrainState, record: StepRecord) -> None:
-        """Save and stop when asked to."""
+        """Save and stop when asked to.
+
+        Raises:
+            Interrupted: after saving.
+        """
         if self.asked:
             saved = self.checkpoints.save(state)
             raise Interrupted(

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from effitrain.core.layout import layer_layout
+from effitrain.core.paths import path_of
 from effitrain.io.blob import views
 from effitrain.model.decoder import Decoder
 from effitrain.model.load import fill_layer, frozen_linears
 from effitrain.model.trained import freeze_layer, layer_weights, train_layer
 from effitrain.quant.read import Weights
-from effitrain.stream.fresh import weight_name
 from effitrain.stream.pinned import pinned_empty
 from effitrain.train.homes import Seat, matrix_shapes, new_seat, take
 from effitrain.train.sampling import full_precision
@@ -50,7 +50,7 @@ class OnHost:
         blob = self.blobs.get(layer)
         for path, shape in matrix_shapes(self.decoder.spec.layers[layer]).items():
             linear = path.removesuffix(".weight")
-            stored = blob[linear] if blob else full_precision(self.original, weight_name(layer, linear), shape)
+            stored = blob[linear] if blob else full_precision(self.original, path_of(layer, linear, "weight"), shape)
             take(seat, path, stored)
         train_layer(self.decoder.layers[layer], seat)
 
@@ -85,7 +85,7 @@ class OnHost:
         for layer in sorted(self.blobs.keys() - set(active)):
             matrices = {f"{linear}.weight": weight for linear, weight in self.blobs[layer].items()}
             tensors = {**matrices, **layer_weights(self.decoder.layers[layer])}
-            found.update({f"model.layers.{layer}.{path}": tensor for path, tensor in tensors.items()})
+            found.update({path_of(layer, path): tensor for path, tensor in tensors.items()})
         return found
 
     def trained(self) -> dict[str, Tensor]:

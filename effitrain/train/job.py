@@ -14,7 +14,7 @@ from effitrain.adapters.storage import load_into, read_adapter, save_adapter
 from effitrain.core.errors import InputError
 from effitrain.core.placement import Placement
 from effitrain.core.recipe import Recipe
-from effitrain.data.batches import Batches, longest
+from effitrain.data.batches import Batches
 from effitrain.data.tokenized import TokenSet
 from effitrain.model.decoder import Decoder
 from effitrain.model.load import DTYPES, Base, load_model
@@ -67,7 +67,7 @@ def assemble(
     """
     batches = make_batches(tokens, recipe)
     decoder = load_model(base, recipe, device, progress, placement, stored)
-    keep_less(decoder, recipe, len(longest(batches).input_ids), at_once)
+    keep_less(decoder, recipe, len(batches.longest.input_ids), at_once)
     clock = Clock(recipe.seed)
     made = make_trainable(decoder, recipe, clock, base.weights)
     optimizer = make_optimizer(chosen(recipe.optimizer), made.parameters, chosen(recipe.lr), recipe.weight_decay)

@@ -34,7 +34,6 @@ class Lisa(Hook):
     Attributes:
         optimizer: set when it is made.
         tensors: what the optimizer gets, and behind it all that a checkpoint must hold besides; kept up to date.
-        bytes_by_round: masters, gradients and states on the device at the end of each round since the process began.
     """
 
     def __init__(
@@ -44,7 +43,6 @@ class Lisa(Hook):
         self.home, self.sampler, self.interval, self.always = home, sampler, interval, always
         self.keep_states = keep_states
         self.optimizer: torch.optim.Optimizer | None = None
-        self.bytes_by_round: list[int] = []
         self.visits = [0] * sampler.layers
         self._kept: dict[int, dict[str, dict[str, Tensor]]] = {}
         self._layers = tuple(first)
@@ -87,20 +85,20 @@ class Lisa(Hook):
     def after_step(self, state: TrainState, record: StepRecord) -> None:
         """Count what is held at a round's end."""
         if state.step % self.interval == 0:
-            self.bytes_by_round.append(self.held_bytes())
+            state.round_bytes.append(self.held_bytes())
 
     def end(self) -> None:
         """Every layer goes home: what was trained stands where it is used from now on."""
         for layer, seat in zip(self._layers, self.seats, strict=True):
             self.home.leave(layer, seat)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, state: TrainState) -> dict[str, Any]:
         """The report's ``lisa``: rounds, rounds by layer, and the bytes of masters, gradients and states by round."""
         return {
             "rounds": self._round + 1,
             "layers_visited": sum(count > 0 for count in self.visits),
             "visits": self.visits,
-            "state_bytes": self.bytes_by_round,
+            "state_bytes": state.round_bytes,
             **self.home.facts(),
         }
 

@@ -107,6 +107,9 @@ def accumulate(
 
     Backward runs on sums and the float32 gradients of ``parameters`` are divided at the end: a mean over thousands of
     tokens would push half-precision activations' gradients below what fp16 can hold.
+
+    Raises:
+        InputError: a loss is not finite; names step and micro-batch.
     """
     trained = max(1, sum(batch.trained_tokens for batch in micro))
     losses = backward_in_groups(decoder, micro, clock.at_micro_batch, at_once)
@@ -121,7 +124,11 @@ def accumulate(
 
 
 def clip(parameters: Iterable[Tensor], max_norm: float, step: int) -> float:
-    """Scale gradients down to ``max_norm`` (0: leave them) and return their norm before."""
+    """Scale gradients down to ``max_norm`` (0: leave them) and return their norm before.
+
+    Raises:
+        InputError: a gradient is not finite.
+    """
     grads = gradients(parameters)
     norm = nn.utils.get_total_norm(grads)
     if max_norm:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from effitrain.adapters.base import generator
+from effitrain.core.paths import path_of
 from effitrain.core.spec import ModelSpec
 from effitrain.io.nf4 import NF4Tensor
 from effitrain.quant.nf4 import dequantize
@@ -74,8 +75,7 @@ def chances(kind: str, spec: ModelSpec, weights: Weights) -> tuple[float, ...]:
 def matrices(spec: ModelSpec, weights: Weights, layer: int) -> Iterator[Tensor]:
     """The matrices of a layer in float32, as the checkpoint has them."""
     for linear in spec.layers[layer].linears:
-        name = f"model.layers.{layer}.{linear.name}.weight"
-        yield full_precision(weights, name, (linear.out_features, linear.in_features))
+        yield full_precision(weights, path_of(layer, linear.name, "weight"), (linear.out_features, linear.in_features))
 
 
 def full_precision(weights: Weights, name: str, shape: Sequence[int]) -> Tensor:

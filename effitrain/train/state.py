@@ -6,7 +6,7 @@ learning rate and every random choice are functions of the step, so nothing else
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class TrainState:
         seconds: time spent in steps.
         first_loss: training loss of the first step.
         last_loss: training loss of the newest step.
+        round_bytes: where layers take turns, masters, gradients and states on the device at the end of each round.
     """
 
     step: int = 0
@@ -36,6 +37,7 @@ class TrainState:
     seconds: float = 0.0
     first_loss: float | None = None
     last_loss: float | None = None
+    round_bytes: list[int] = field(default_factory=list)
 
 
 def save_checkpoint(
@@ -83,7 +85,11 @@ def remove_after(folder: Path, step: int) -> None:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Refuse what is no checkpoint, without reading one."""
+    """Refuse what is no checkpoint, without reading one.
+
+    Raises:
+        InputError: it is none.
+    """
     if not (folder / "state.json").is_file():
         raise InputError(f"{folder} is not a checkpoint: it has no state.json.", next_step="Name a step-N of a run.")
 

@@ -10,6 +10,7 @@ from effitrain.adapters.base import Adapter, AdapterConfig, Clock
 from effitrain.adapters.full import load_in_full, train_in_full
 from effitrain.adapters.storage import adapter_folder, load_into, read_adapter
 from effitrain.core.methods import SAMPLED, adapter_kind
+from effitrain.core.paths import layer_of
 from effitrain.core.recipe import Recipe
 from effitrain.core.weights import busy_layers, trains_tables
 from effitrain.model.decoder import Decoder
@@ -79,7 +80,7 @@ def make_trainable(
 def _lisa(
     decoder: Decoder, recipe: Recipe, original: Weights, adapters: dict[str, Adapter], active: Sequence[int] | None
 ) -> Lisa:
-    in_layers = {path: adapter for path, adapter in adapters.items() if path.startswith("model.layers.")}
+    in_layers = {path: adapter for path, adapter in adapters.items() if layer_of(path) is not None}
     for adapter in in_layers.values():
         adapter.requires_grad_(False)
     if trains_tables(decoder.spec, recipe):

@@ -1,1 +1,1 @@
-"""What the pruning studies share."""
+"""What studies and benchmarks share."""

@@ -5,10 +5,11 @@ import torch
 
 from effitrain.adapters.attach import adapters, attach
 from effitrain.adapters.base import AdapterConfig, Clock
-from effitrain.adapters.full import EMBEDDING, load_in_full, train_in_full, trained_in_full
+from effitrain.adapters.full import load_in_full, train_in_full, trained_in_full
 from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.storage import load_into, read_adapter, save_adapter
 from effitrain.core.errors import InputError
+from effitrain.core.paths import EMBEDDING
 from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.model_folder import read_config
 from effitrain.model.load import find_base, load_model

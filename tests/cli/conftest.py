@@ -1,6 +1,5 @@
 """What the tests of the command line share: a finished run, and a place for bad input."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -101,14 +100,14 @@ def place(tmp_path: Path, asked: dict[str, object], finished: Path) -> Place:
 
 
 @pytest.fixture
-def refused(effitrain: Callable[..., Any], place: Place) -> Callable[..., Any]:
+def refused(effitrain: Callable[..., Any], place: Place, digests: Callable[..., Any]) -> Callable[..., Any]:
     """``refused(arguments, words, code=2)``: the command ends in one message with all of ``words`` in it, and all that
     was there is unchanged; no result is written.
     """
 
     def check(arguments: list[object], words: tuple[str, ...], code: int = 2) -> Any:
         watched = (place.root, place.finished, Path(str(place.asked["--model"])))
-        before = snapshot(*watched)
+        before = digests(*watched)
         answer = effitrain(*arguments)
         assert answer.code == code, answer
         assert "Traceback" not in answer.out + answer.err
@@ -117,16 +116,10 @@ def refused(effitrain: Callable[..., Any], place: Place) -> Callable[..., Any]:
         assert len(message) < 1500 and len(message.splitlines()) < 12, message
         absent = [word for word in words if word.casefold() not in message.casefold()]
         assert not absent, f"{absent} not in: {message}"
-        after = snapshot(*watched)
+        after = digests(*watched)
         assert before.items() <= after.items(), "something that was there has changed"
         made = [Path(path).relative_to(place.root).parts for path in after.keys() - before.keys()]
         assert not [parts for parts in made if parts[0] != "out" or {"adapter", "report.json", "model"} & {*parts}]
         return answer
 
     return check
-
-
-def snapshot(*folders: Path) -> dict[str, str]:
-    """The content of every file, by its path."""
-    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

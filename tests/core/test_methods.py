@@ -1,9 +1,8 @@
-"""What a method trains, its own defaults, and the fields it cannot use."""
+"""What a method trains, and its own defaults."""
 
 import pytest
 
 from effitrain.core.budget import GIB, MemoryBudget
-from effitrain.core.errors import InputError
 from effitrain.core.plan import make_plan
 from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
@@ -23,24 +22,6 @@ def test_full_tuning_has_defaults_of_its_own() -> None:
     made = plan("llama-3.2-1b", method="full")
     assert made.settings.lr == 1e-5 and made.fit == "resident"
     assert plan("llama-3.2-1b").settings.lr == 2e-4
-
-
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"quant": "nf4"}, "--quant nf4 freezes"),
-        ({"fit": "stream"}, "never copied back"),
-        ({"resident_layers": 1}, "never copied back"),
-        ({"fit": "prune", "prune_ratio": 0.5}, "nothing can be recovered"),
-        ({"prune_ratio": 0.5}, "nothing can be recovered"),
-        ({"lora_r": 8}, "--lora-r is for adapters"),
-        ({"init_adapter": "x"}, "--init-adapter is for adapters"),
-        ({"mlp_tiles": 2}, "--mlp-tiles is for adapters"),
-    ],
-)
-def test_what_full_tuning_cannot_use_is_refused(fields, reason) -> None:
-    with pytest.raises(InputError, match=reason):
-        make_recipe({"method": "full", **fields})
 
 
 def test_every_weight_has_master_gradient_and_states() -> None:

@@ -157,20 +157,7 @@ def test_what_decides_the_result() -> None:
         assert recipe.changed(**change).result_fields() != recipe.result_fields()
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"mlp_tiles": 2, "recompute": "none"}, "--mlp-tiles computes layers again, and --recompute none"),
-        ({"mlp_tiles": 2, "lora_dropout": 0.1}, "leave out --lora-dropout"),
-        ({"join_documents": True, "packing": True}, "--packing keeps samples apart"),
-        ({"join_documents": True, "format": "alpaca"}, "--join-documents is for running text, and --format is alpaca"),
-    ],
-)
-def test_what_cannot_both_be_had_for_long_context(fields: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        make_recipe(fields)
-
-
-def test_one_tile_is_none() -> None:
-    assert make_recipe({"mlp_tiles": 1, "recompute": "none", "lora_dropout": 0.1}).mlp_tiles == 1
-    assert make_recipe({"mlp_tiles": "auto"}).mlp_tiles is None
+def test_every_field_is_in_one_group() -> None:
+    groups = ("model", "data", "output", "memory", "training", "adapter", "lisa", "pruning")
+    assert sorted(name for group in groups for name in Recipe.fields_in(group)) == sorted(Recipe.model_fields)
+    assert Recipe.fields_in("model") == ("model", "weights")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effitrain.data.batches import Batches, longest, most_trained
+from effitrain.data.batches import Batches
 from effitrain.data.tokenized import IGNORE, Sample, TokenSet, join
 
 
@@ -93,7 +93,7 @@ def test_the_order_is_the_same_on_every_machine():
 def test_the_longest_has_at_least_the_tokens_of_any(packing):
     tokens = token_set([3, 9, 5, 11, 2, 12, 4, 4, 7])
     batches = Batches(tokens, 3, 12, packing, 0)
-    biggest = longest(batches)
+    biggest = batches.longest
     assert len(biggest.input_ids) >= max(len(batches.get(i).input_ids) for i in range(10 * batches.per_epoch))
     if not packing:
         assert biggest.segments == (12, 11, 9)
@@ -105,7 +105,7 @@ def test_the_most_trained_tokens_of_any(packing):
     tokens.labels[tokens.offsets[:-1]] = IGNORE  # as of any sample's first token
     batches = Batches(tokens, 3, 12, packing, 0)
     seen = max(batches.get(i).trained_tokens for i in range(200 * batches.per_epoch))
-    assert most_trained(batches) == seen
+    assert batches.most_trained == seen
 
 
 def test_what_is_not_there():
@@ -116,6 +116,6 @@ def test_what_is_not_there():
         with pytest.raises(IndexError):
             batches.get(0)
         with pytest.raises(ValueError, match="empty"):
-            longest(batches)
+            _ = batches.longest
     with pytest.raises(IndexError):
         Batches(token_set([3]), 4, 12, False, 0).get(-1)

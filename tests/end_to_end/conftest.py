@@ -1,8 +1,6 @@
-"""What the end-to-end tests share: instructions to learn, and digests of folders."""
+"""What the end-to-end tests share: instructions to learn."""
 
-import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,17 +16,3 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "counting.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="session")
-def digests() -> Callable[[Path], dict[str, tuple[str, int]]]:
-    """``digests(folder)``: hash and time of change of every file below it, by relative path."""
-
-    def of(folder: Path) -> dict[str, tuple[str, int]]:
-        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-        return {
-            str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-            for path in files
-        }
-
-    return of

@@ -82,9 +82,9 @@ def yaml_of(path: Path) -> dict:
 
 
 def unpruned() -> dict:
-    from effitrain.core.recipe import PRUNE_FIELDS, Recipe
+    from effitrain.core.recipe import Recipe
 
-    return {name: Recipe.model_fields[name].default for name in PRUNE_FIELDS}
+    return {name: Recipe.model_fields[name].default for name in Recipe.fields_in("pruning")}
 
 
 def test_three_commands_give_the_same_adapter_byte_for_byte(one, full, flags, effitrain, tmp_path):

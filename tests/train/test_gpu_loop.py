@@ -6,7 +6,7 @@ import torch
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
-from effitrain.data.batches import Batches, longest
+from effitrain.data.batches import Batches
 from effitrain.data.tokenized import TokenSet
 from effitrain.model.load import DTYPES, find_base, load_model
 from effitrain.planning import recipe
@@ -116,7 +116,7 @@ def test_optimizers_learn_and_the_probe_leaves_no_trace(tiny_model, name, rank):
         if probing:
             before = {n: p.detach().clone() for n, p in trainable.items()}
             meter = Meter(CUDA)
-            probe(decoder, [longest(Batches(_tokens(), 4, 64, False, 3))], optimizer, clock, meter)
+            probe(decoder, [Batches(_tokens(), 4, 64, False, 3).longest], optimizer, clock, meter)
             assert all(torch.equal(p, before[n]) for n, p in trainable.items()) and not optimizer.state
             assert meter.peak() > sum(p.nbytes for p in trainable.values())
         curves.append(_train(decoder, clock, optimizer, steps=16))

@@ -10,7 +10,7 @@ from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
 from effitrain.adapters.storage import load_into, read_adapter, save_adapter
 from effitrain.core.errors import InputError
-from effitrain.data.batches import Batches, MicroBatch, longest
+from effitrain.data.batches import Batches, MicroBatch
 from effitrain.data.tokenized import TokenSet
 from effitrain.model.load import find_base, load_model
 from effitrain.planning import recipe
@@ -193,7 +193,7 @@ def test_the_probe_leaves_no_trace(tiny_model, optimizer_name):
         batches, losses, meter = Batches(tokens, 4, 64, False, 0), Losses(), Meter(CPU)
         if probing:
             before = [p.clone() for p in _parameters(decoder)]
-            probe(decoder, [longest(batches)], optimizer, clock, meter)
+            probe(decoder, [batches.longest], optimizer, clock, meter)
             assert all(torch.equal(a, b) for a, b in zip(before, _parameters(decoder), strict=True))
             assert meter.peak() > 0 and not optimizer.state
         train(decoder, batches, optimizer, Course(4, 4, 1, 1e-3), TrainState(), clock, [losses])
