@@ -73,7 +73,7 @@ def write_report(
         prune=prune,
         lisa=lisa,
         adapter="adapter" if (folder / "adapter").is_dir() else None,
-        warnings=tuple(_warnings(plan, data, evals, measured_peak_bytes, positions)),
+        warnings=tuple(_warnings(recipe, plan, data, evals, measured_peak_bytes, positions)),
         stream=stream,
         positions=positions.rows() if positions else None,
         rope=rope,
@@ -152,6 +152,7 @@ def stream_figures(
 
 
 def _warnings(
+    recipe: Recipe,
     plan: Plan,
     data: DataStats,
     evals: Sequence[tuple[int, float]],
@@ -168,11 +169,20 @@ def _warnings(
     if not evals:
         yield "There was no evaluation set, so whether the model got better was not measured."
     elif evals[-1][1] > evals[0][1]:
-        yield f"The evaluation loss rose from {evals[0][1]:.4f} to {evals[-1][1]:.4f}: try a smaller --lr."
+        yield _rose(recipe, plan, evals[0][1], evals[-1][1])
     if positions and positions.warning:
         yield positions.warning
     if measured_peak_bytes > _MORE * plan.peak_bytes:
         yield (f"The step took {format_bytes(measured_peak_bytes)}, the plan expected {format_bytes(plan.peak_bytes)}.")
+
+
+def _rose(recipe: Recipe, plan: Plan, before: float, after: float) -> str:
+    if plan.fit == "prune" and recipe.prune_method == "loraprune":
+        return (
+            f"The evaluation loss rose from {before:.4f} of the whole model to {after:.4f} of the pruned one: a smaller"
+            " --prune-ratio costs less, and more steps win more of it back."
+        )
+    return f"The evaluation loss rose from {before:.4f} to {after:.4f}: try a smaller --lr."
 
 
 def _ends(scored: Sequence[float]) -> tuple[float | None, float | None]:
