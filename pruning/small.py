@@ -16,7 +16,7 @@ from effitrain.core.errors import InputError
 from effitrain.core.keep import KeepMap, LayerKeep
 from effitrain.core.positions import position_facts
 from effitrain.core.recipe import Recipe
-from effitrain.core.spec import Axis, ModelSpec, pruned_config
+from effitrain.core.spec import Axis, ModelSpec, Widths, pruned_config
 from effitrain.data.cache import default_cache_dir
 from effitrain.io.atomic import remove_folder, write_safetensors
 from effitrain.io.checkpoint import open_checkpoint
@@ -92,6 +92,12 @@ def make_small(
         return _reuse(target, made_of, tell)
     scores = _scores(base, source, recipe, text, device, tell) if loses else {}
     keep = KeepMap.of(base.spec, _select(base.spec, recipe, scores), base.name, source.fingerprint())
+    if loses and recipe.prune_ranking == "global" and keep.widths == _even(base.spec, recipe):
+        step = recipe.prune_round or default_multiple(base.spec.ffn)
+        tell(
+            f"Shared out in runs of {step} FFN channels and whole KV heads, --prune-ranking global came out as local:"
+            " every layer keeps what the others keep. A smaller --prune-round lets them differ."
+        )
     cut = CutWeights(source, base.spec, keep)
     if recipe.align == "train" and text:
         assert train is not None
@@ -128,10 +134,15 @@ def _remove(folder: Path) -> None:
 
 
 def _select(spec: ModelSpec, recipe: Recipe, scores: Scores) -> list[LayerKeep]:
-    widths = small_spec(spec, recipe.changed(prune_ranking="local")).widths
+    widths = _even(spec, recipe)
     if recipe.prune_ranking == "global":
         widths = shared_out(spec, widths, scores, recipe.prune_round or default_multiple(spec.ffn))
     return select(spec, widths, scores)
+
+
+def _even(spec: ModelSpec, recipe: Recipe) -> tuple[Widths, ...]:
+    """Widths where no layer competes with another."""
+    return small_spec(spec, recipe.changed(prune_ranking="local")).widths
 
 
 def _aligned(

@@ -8,6 +8,7 @@ from typing import Any
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.cards import TYPICAL, rates_of
 from effitrain.core.choices import CPU_MICRO_BATCH_TOKENS, SAMPLES_PER_STEP, Choice, group_of, sequence_length
+from effitrain.core.cut import default_exempt, small_spec
 from effitrain.core.errors import BudgetError, InputError
 from effitrain.core.ledger import DISK, LedgerLine, Settings, Work, gpu_bytes, host_bytes
 from effitrain.core.memory import adapted, make_ledger
@@ -241,7 +242,7 @@ def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
     if recipe.method in SAMPLED:
         yield from _explain_turns(way, choice)
     if way.fit == "prune":
-        yield "It trains on a pruned model, an approximation: the report tells how much of the gain arrives."
+        yield from _explain_pruning(way)
     for stage in way.stages:
         sizes = f"{format_bytes(stage.device)} on the device and {format_bytes(stage.host)} of host memory"
         yield f"{stage.what} before training takes up to {sizes}."
@@ -262,6 +263,19 @@ def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
         yield f"Norms and MLPs take tiles of {settings.tile:,} tokens: all at once do not fit."
     if recipe.offload_activations == "auto" and settings.offload:
         yield "Layer inputs wait in host memory for the backward pass."
+
+
+def _explain_pruning(way: Way) -> Iterator[str]:
+    if way.whole:
+        yield "It trains on a pruned model, an approximation: the report tells how much of the gain arrives."
+        return
+    yield "It prunes the model while it trains it, and ships the small one: the whole model is in memory until the end."
+    exempt = way.recipe.prune_exempt or default_exempt(way.spec.num_layers)
+    if len(small_spec(way.spec, way.recipe).shapes) > 1:
+        yield (
+            f"The first {exempt[0]} and the last {exempt[1]} layers stay whole, and stock transformers does not load"
+            " layers of several widths: --prune-exempt 0,0 makes a model that it loads."
+        )
 
 
 def _explain_streaming(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:

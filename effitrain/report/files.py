@@ -171,11 +171,20 @@ def _warnings(run: Outcome) -> Iterator[str]:
     if not evals:
         yield "There was no evaluation set, so whether the model got better was not measured."
     elif evals[-1][1] > evals[0][1]:
-        yield f"The evaluation loss rose from {evals[0][1]:.4f} to {evals[-1][1]:.4f}: try a smaller --lr."
+        yield _rose(run.recipe, plan, evals[0][1], evals[-1][1])
     if run.positions and run.positions.warning:
         yield run.positions.warning
     if run.peak_bytes > _MORE * plan.peak_bytes:
         yield f"The step took {format_bytes(run.peak_bytes)}, the plan expected {format_bytes(plan.peak_bytes)}."
+
+
+def _rose(recipe: Recipe, plan: Plan, before: float, after: float) -> str:
+    if plan.fit == "prune" and recipe.prune_method == "loraprune":
+        return (
+            f"The evaluation loss rose from {before:.4f} of the whole model to {after:.4f} of the pruned one: a smaller"
+            " --prune-ratio costs less, and more steps win more of it back."
+        )
+    return f"The evaluation loss rose from {before:.4f} to {after:.4f}: try a smaller --lr."
 
 
 def _ends(scored: Sequence[float]) -> tuple[float | None, float | None]:

@@ -220,6 +220,15 @@ def test_reasons_say_why() -> None:
     assert make_plan(preset("llama-3.1-8b"), fixed, known).reasons == ()
 
 
+def test_a_plan_that_prunes_says_what_comes_of_it() -> None:
+    pruned = {"fit": "prune", "prune_ratio": 0.5}
+    assert "how much of the gain arrives" in reasons(**pruned) and "the small one" not in reasons(**pruned)
+    kept = reasons(**pruned, prune_method="loraprune")
+    assert "the gain" not in kept and "ships the small one" in kept
+    assert "The first 2 and the last 1 layers stay whole" in kept and "--prune-exempt 0,0" in kept
+    assert "stay whole" not in reasons(**pruned, prune_method="loraprune", prune_exempt=(0, 0))
+
+
 def test_a_clipped_budget_is_told() -> None:
     budget = MemoryBudget(24 * GIB, 64 * GIB, GIB, "cuda", "rtx4090", ("Clipped.",))
     assert "Clipped." in make_plan(preset("llama-3.1-8b"), make_recipe({}), budget).reasons

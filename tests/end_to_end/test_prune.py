@@ -220,6 +220,36 @@ def test_loraprune_leaves_a_small_model_that_is_used_like_any_other(pruned_while
         assert answer.code == 0, answer.err
 
 
+def test_loraprune_of_every_layer_leaves_what_stock_transformers_loads(full, flags, effitrain, tmp_path):
+    """As its plan says. The loss of the folder as our own verb has it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    chosen = ["--fit", "prune", "--prune-method", "loraprune", "--prune-ratio", 0.5, "--prune-exempt", "0,0"]
+    answer = effitrain("run", "--model", full, *flags, *chosen, "--quant", "none", "-o", tmp_path / "out")
+    assert answer.code == 0 and "stay whole" not in answer.out, answer
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    assert model.config.num_key_value_heads == 1 and model.config.intermediate_size == 56
+    ids = torch.randint(0, 60, (1, 40))
+    from effitrain.model.decoder import build
+    from effitrain.model.load import fill, find_base
+
+    base = find_base(str(tmp_path / "out/model")).fetched()
+    ours = fill(build(base.spec, base.source.config, ""), base.weights(), "none", torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        found = ours.logits(ours(ids[0], torch.arange(40), (40,)))
+        torch.testing.assert_close(found, model(ids).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("pruned", "advice"), [(True, "a smaller --prune-ratio"), (False, "try a smaller --lr")])
+def test_advice_where_the_loss_rose_names_what_raised_it(full, flags, effitrain, tmp_path, pruned, advice):
+    chosen = ["--fit", "prune", "--prune-method", "loraprune", "--prune-ratio", 0.5] if pruned else []
+    answer = effitrain("run", "--model", full, *flags, *chosen, "--lr", 3, "--max-steps", 2, "-o", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    (warning,) = [text for text in read(tmp_path / "out/report.json")["warnings"] if "rose from" in text]
+    assert advice in warning and ("--lr" in warning) != pruned
+
+
 def test_loraprune_goes_on_from_a_checkpoint_as_if_nothing_had_happened(pruned_while_training, effitrain, tmp_path):
     import shutil
 

@@ -18,16 +18,16 @@ from .conftest import CPU
 
 @pytest.fixture
 def make(model, text, tmp_path):
-    """``make(train, **fields)``: the small model of a random one by a training that is given."""
+    """``make(train, tell, **fields)``: the small model of a random one by a training that is given."""
     full = model("llama", heads=8, kv_heads=2, layers=3)
     calibration = Calibration(tuple(text(12)), "text")
 
-    def call(train, **fields):
+    def call(train, tell=lambda note: None, **fields):
         recipe = make_recipe(
             {"model": str(full.folder), "fit": "prune", "prune_ratio": 0.5, "prune_score": "magnitude",
              "align": "train", "dtype": "fp32", "max_seq_len": 32, **fields}
         )  # fmt: skip
-        return make_small(full.base.fetched(), recipe, lambda: calibration, CPU, tmp_path / "small", train=train)
+        return make_small(full.base.fetched(), recipe, lambda: calibration, CPU, tmp_path / "small", tell, train)
 
     return call
 
@@ -97,3 +97,14 @@ def test_other_positions_are_another_small_model_with_scores_of_its_own(model, t
     for other in ({"rope_factor": 8.0}, {"rope_factor": 2.0, "rope_scaling": "ntk"}):
         with pytest.raises(InputError, match="something else"):
             prune("plain", **other)
+
+
+@pytest.mark.parametrize(("multiple", "same"), [(56, True), (1, False)])
+def test_global_ranking_says_when_runs_are_too_coarse_for_it(make, multiple, same):
+    """Of 112 channels in two layers: in runs of 56 every layer keeps its one run."""
+    told = []
+    chosen = {"align": "none", "prune_exempt": (0, 1), "prune_ranking": "global", "prune_round": multiple}
+    small = make(None, told.append, **chosen)
+    said = [note for note in told if "came out as local" in note]
+    assert (len(small.keep.widths[:2]) == 2 and len(set(small.keep.widths[:2])) == 1) == same == bool(said)
+    assert not said or (f"runs of {multiple} FFN channels" in said[0] and "smaller --prune-round" in said[0])
