@@ -15,6 +15,7 @@ from effitrain.adapters.attach import attach
 from effitrain.adapters.base import Clock, check_method
 from effitrain.adapters.full import check_kept, load_in_full
 from effitrain.adapters.merge import check_fits, merge
+from effitrain.adapters.portable import check_alive, for_peft_alone, one_rank
 from effitrain.adapters.storage import AdapterBundle, adapter_folder, load_into, read_adapter, save_adapter
 from effitrain.carry_out import aligning_run, carry_out
 from effitrain.core.budget import CUDA_SLACK_BYTES, MemoryBudget
@@ -165,16 +166,20 @@ def chat(recipe: Recipe, adapter: str | None = None) -> ChatSession:
 
 
 def export(
-    recipe: Recipe, adapter: str, target: str, to: str = "peft", progress: Callable[[str], None] = lambda name: None
-) -> Path:
-    """Write an adapter to a new folder, as a plain peft adapter or merged into the full-precision model.
+    recipe: Recipe, adapter: str, target: str, to: str = "peft",
+    progress: Callable[[str], None] = lambda name: None, tell: Callable[[str], None] = lambda text: None,
+) -> Path:  # fmt: skip
+    """Write an adapter to a new folder, in the form that all its readers agree on, or merged into the full-precision
+    model.
 
     Args:
         recipe: names the model.
         adapter: an adapter folder, or a run folder that holds one.
         target: the new folder.
-        to: ``peft`` or ``merged`` (bf16 shards whatever the model is stored in, one tensor in memory at a time).
+        to: ``peft`` (one rank, alpha the same, the scale in B: for peft, vLLM and llama.cpp) or ``merged`` (bf16 shards
+            whatever the model is stored in, one tensor in memory at a time).
         progress: told the name of each tensor merged.
+        tell: told what other programs than peft cannot take from the adapter.
 
     Raises:
         InputError: the target exists, or adapter and model do not belong together.
@@ -190,7 +195,10 @@ def export(
         config = with_positions_of(positions, config) if positions else config
         merge(folder, open_checkpoint(folder), bundle, path, config, progress=progress)
     else:
-        save_adapter(path, bundle.tensors, bundle.config, base.name, full=bundle.full, positions=positions)
+        config, factors = one_rank(bundle.tensors, lambda path, rank: bundle.config.scaling)
+        save_adapter(path, factors, config, base.name, full=bundle.full, positions=positions)
+        for part in for_peft_alone(bundle.full, positions):
+            tell(part)
     return path
 
 
@@ -347,6 +355,7 @@ def _check_starting_points(recipe: Recipe, base: Base) -> None:
         if recipe.prune_ranking == "local":  # else the scores decide what fits
             check_fits(base.spec if recipe.prune_ratio is None else small_spec(base.spec, recipe), bundle)
         check_kept(bundle.full, recipe)
+        check_alive(bundle.tensors, recipe.init_adapter)
         check_positions(recipe.init_adapter, base.source.config)
     if recipe.resume not in ("auto", "never"):
         check_checkpoint(Path(recipe.resume))

@@ -5,8 +5,9 @@ The scale of the update stays in ``adapter_config.json`` (alpha / r). Nothing he
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from effitrain.adapters.base import Adapter, AdapterConfig
+from effitrain.adapters.portable import one_rank
 from effitrain.core.errors import InputError
 from effitrain.io.atomic import atomic_folder, write_json, write_safetensors
 from effitrain.io.model_folder import on_disk
@@ -23,7 +25,7 @@ from effitrain.io.model_folder import on_disk
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 _PREFIX = "base_model.model."
 _AGAIN = "Copy the folder again from where it was made."
-_PLAIN = "Use a LoRA as peft saves it, without DoRA, patterns or trained biases, or merge this one with peft itself."
+_PLAIN = "Use a LoRA as peft saves it, without DoRA or trained biases, or merge this one with peft itself."
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def adapter_folder(path: str) -> Path:
 
 
 def read_adapter(folder: Path) -> AdapterBundle:
-    """Read a LoRA adapter in peft's layout, ours or another tool's.
+    """Read a LoRA adapter in peft's layout, ours or another tool's; where linears have ranks or scales of their own, in
+    the form of ``one_rank``.
 
     Raises:
         InputError: files are missing or damaged, or the adapter is of a kind that is not a plain LoRA.
@@ -106,11 +109,10 @@ def read_adapter(folder: Path) -> AdapterBundle:
     full = _full(tensors, raw.get("modules_to_save") or ())
     pairs = _pairs({key: tensor for key, tensor in tensors.items() if _path(key) not in full}, folder)
     config = AdapterConfig(
-        r=raw["r"],
-        alpha=raw["lora_alpha"],
-        targets=tuple(pairs),
-        rslora=raw.get("use_rslora", False),
+        r=raw["r"], alpha=raw["lora_alpha"], targets=tuple(pairs), rslora=raw.get("use_rslora", False)
     )
+    if raw.get("rank_pattern") or raw.get("alpha_pattern"):
+        config, pairs = one_rank(pairs, lambda path, rank: _own_scaling(path, rank, config, raw, folder))
     return AdapterBundle(config, str(raw.get("base_model_name_or_path")), pairs, full)
 
 
@@ -168,7 +170,7 @@ def _peft_config(paths: list[str], config: AdapterConfig, base_model: str, full:
 
 
 def _refuse_unsupported(raw: dict[str, Any], folder: Path) -> None:
-    reasons = [f"{key} is set" for key in ("use_dora", "rank_pattern", "alpha_pattern") if raw.get(key)]
+    reasons = ["use_dora is set"] if raw.get("use_dora") else []
     if others := [name for name in raw.get("modules_to_save") or () if name != "embed_tokens" and _not_norm(name)]:
         reasons.append(f"modules_to_save names {', '.join(map(str, others))}")
     if raw.get("peft_type") != "LORA":
@@ -179,6 +181,16 @@ def _refuse_unsupported(raw: dict[str, Any], folder: Path) -> None:
         reasons.append("r or lora_alpha is missing")
     if reasons:
         raise InputError(f"The adapter in {folder} is not a plain LoRA: {', '.join(reasons)}.", next_step=_PLAIN)
+
+
+def _own_scaling(path: str, rank: int, config: AdapterConfig, raw: Mapping[str, Any], folder: Path) -> float:
+    """The factor on the update of ``path``, by the first pattern that matches, as peft takes it."""
+    patterns = raw.get("alpha_pattern") or {}
+    try:
+        own = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", path))
+        return replace(config, r=rank, alpha=float(next(own, config.alpha))).scaling
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise InputError(f"The alpha_pattern of {folder / CONFIG} is unreadable: {error}", next_step=_AGAIN) from None
 
 
 def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

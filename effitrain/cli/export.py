@@ -16,15 +16,16 @@ from effitrain.cli.flags import recipe_fields, recipe_flags
     type=click.Choice(["peft", "merged"]),
     default="peft",
     show_default=True,
-    help="What to write: the adapter, or the model with it merged in, in bf16 whatever it was stored in.",
+    help="What to write: the adapter in the form that peft, vLLM and llama.cpp read alike, or the model with it merged"
+    " in, in bf16 whatever it was stored in.",
 )
 def command(adapter: str, to: str, **flags: Any) -> None:
-    """Write an adapter for stock peft, or merged into the unquantised model."""
+    """Write an adapter for peft, vLLM and llama.cpp, or merged into the unquantised model."""
     from effitrain.planning import recipe
 
     asked = recipe(**recipe_fields(flags))
     from effitrain import api
 
     with tqdm(desc="merging", unit="tensor", disable=to != "merged" or None) as bar:  # None: no bar in a log
-        written = api.export(asked, adapter, asked.output_dir, to, lambda name: bar.update() and None)
+        written = api.export(asked, adapter, asked.output_dir, to, lambda name: bar.update() and None, click.echo)
     click.echo(f"Written: {written}" + (", the whole model in bf16" if to == "merged" else ""))

@@ -129,12 +129,14 @@ def test_chat_talks_until_an_empty_line(effitrain, model, out, monkeypatch):
 
 
 def test_export_to_peft_is_the_same_adapter(effitrain, model, out, tmp_path):
+    """With the scale, alpha / r = 8, in B."""
     answer = effitrain("export", "--model", model, "--adapter", out, "-o", tmp_path / "peft")
-    assert answer.code == 0 and str(tmp_path / "peft") in answer.out
+    assert answer.code == 0 and answer.out == f"Written: {tmp_path / 'peft'}\n"
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (out / "adapter", tmp_path / "peft"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(t, theirs[name] / (8 if "lora_B" in name else 1)) for name, t in ours.items())
     configs = [json.loads((f / "adapter_config.json").read_text()) for f in (out / "adapter", tmp_path / "peft")]
-    assert configs[0]["r"] == configs[1]["r"] == 4 and configs[0]["lora_alpha"] == configs[1]["lora_alpha"]
+    assert [(config["r"], config["lora_alpha"]) for config in configs] == [(4, 32), (4, 4)]
     leaves = [{name.rpartition(".")[2] for name in config["target_modules"]} for config in configs]
     assert leaves[0] == leaves[1]
 
