@@ -195,8 +195,8 @@ def export(
         config = with_positions_of(positions, config) if positions else config
         merge(folder, open_checkpoint(folder), bundle, path, config, progress=progress)
     else:
-        config, factors = one_rank(bundle.tensors, lambda path, rank: bundle.config.scaling)
-        save_adapter(path, factors, config, base.name, full=bundle.full, positions=positions)
+        form, factors = one_rank(bundle.tensors, lambda path, rank: bundle.config.scaling)
+        save_adapter(path, factors, form, base.name, full=bundle.full, positions=positions)
         for part in for_peft_alone(bundle.full, positions):
             tell(part)
     return path

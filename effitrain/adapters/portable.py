@@ -16,7 +16,9 @@ from effitrain.core.errors import InputError
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
-def one_rank(factors: Factors, scaling: Callable[[str, int], float]) -> tuple[AdapterConfig, Factors]:
+def one_rank(
+    factors: Factors, scaling: Callable[[str, int], float]
+) -> tuple[AdapterConfig, dict[str, tuple[Tensor, Tensor]]]:
     """The same updates, the scale in B and every rank filled up with zeros to the largest.
 
     Args:
