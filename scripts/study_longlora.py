@@ -5,9 +5,9 @@ out. Two arms train a LoRA with norms and embedding rows on positions divided by
 one with shifted sparse attention in groups of 512, one with full attention. Both are scored with full attention, by
 position. The untouched model is scored beside them, with its own positions and with divided ones.
 
-    EFFITRAIN_DATA=DIR python scripts/study_longlora.py -o docs               two CPU minutes
-    EFFITRAIN_DATA=DIR python scripts/study_longlora.py -o OUT --steps 120    about a quarter of an hour
-    EFFITRAIN_DATA=DIR python scripts/study_longlora.py -o OUT --quick        half a minute: three steps on 768 tokens
+    EFFITRAIN_DATA=DIR python scripts/study_longlora.py -o docs              about a quarter of an hour
+    EFFITRAIN_DATA=DIR python scripts/study_longlora.py -o OUT --steps 12    two CPU minutes
+    EFFITRAIN_DATA=DIR python scripts/study_longlora.py -o OUT --quick       half a minute: three steps on 768 tokens
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
     """Measure what is not known yet, then write table and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--workers", type=int, default=1)
     asked = parser.parse_args()
