@@ -93,11 +93,7 @@ def make_small(
     scores = _scores(base, source, recipe, text, device, tell) if loses else {}
     keep = KeepMap.of(base.spec, _select(base.spec, recipe, scores), base.name, source.fingerprint())
     if loses and recipe.prune_ranking == "global" and keep.widths == _even(base.spec, recipe):
-        step = recipe.prune_round or default_multiple(base.spec.ffn)
-        tell(
-            f"Shared out in runs of {step} FFN channels and whole KV heads, --prune-ranking global came out as local:"
-            " every layer keeps what the others keep. A smaller --prune-round lets them differ."
-        )
+        tell(_came_out_local(base.spec, recipe))
     cut = CutWeights(source, base.spec, keep)
     if recipe.align == "train" and text:
         assert train is not None
@@ -112,6 +108,14 @@ def make_small(
     _remove(place)
     tell(f"Pruned: {target}, {weights.small_spec.params:,} of {base.spec.params:,} parameters.")
     return open_small(target, base)
+
+
+def _came_out_local(spec: ModelSpec, recipe: Recipe) -> str:
+    step = recipe.prune_round or default_multiple(spec.ffn)
+    return (
+        f"Shared out in runs of {step} FFN channels and whole KV heads, --prune-ranking global came out as local:"
+        " every layer keeps what the others keep. A smaller --prune-round lets them differ."
+    )
 
 
 def _trained(
