@@ -113,6 +113,7 @@ def table(runs: Sequence[Run]) -> str:
     """Losses by position, and what they should be: at the end as low as where the model was at home, and as low as
     after training with full attention.
     """
+    runs = sorted(runs, key=lambda run: list(ARMS).index(run["arm"]))  # written down as they ended
     ends = runs[0]["ends"]
     heads = [f"{start:,}-{end:,}" for start, end in zip([0, *ends], ends, strict=False)]
     lines = [f"| loss at positions | {' | '.join(heads)} |", "| --- " + "| ---: " * len(ends) + "|"]
