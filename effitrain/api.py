@@ -5,35 +5,29 @@
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from effitrain.adapters.attach import attach
-from effitrain.adapters.base import Clock, check_method
-from effitrain.adapters.full import check_kept, load_in_full
+from effitrain.adapters.base import check_method
+from effitrain.adapters.full import check_kept
 from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.portable import check_alive, for_peft_alone, one_rank
-from effitrain.adapters.storage import AdapterBundle, adapter_folder, load_into, read_adapter, save_adapter
+from effitrain.adapters.storage import adapter_folder, read_adapter, save_adapter
 from effitrain.carry_out import aligning_run, carry_out
-from effitrain.core.budget import CUDA_SLACK_BYTES, MemoryBudget
+from effitrain.core.budget import MemoryBudget
 from effitrain.core.choices import compute_dtype, sequence_length
 from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
-from effitrain.core.generation import texts_at_once
-from effitrain.core.ledger import Work
 from effitrain.core.methods import CHANGES_MODEL
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
-from effitrain.core.positions import scaled_already, with_positions_of
+from effitrain.core.positions import with_positions_of
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
 from effitrain.core.report import Report
 from effitrain.core.spec import ModelSpec, spec_from_config
 from effitrain.data.prepare import check_data, prepare_data
 from effitrain.evals.chat import ChatSession
 from effitrain.evals.events import Events
-from effitrain.evals.passkey import check_lengths
 from effitrain.evals.passkey import passkey as find_passkeys
 from effitrain.evals.positions import score
 from effitrain.io.atomic import remove_stale, write_json, write_text
@@ -43,25 +37,20 @@ from effitrain.io.keep import read_keep
 from effitrain.io.machine import find_budget
 from effitrain.io.model_folder import read_config
 from effitrain.io.run_folder import RunFolder, check_positions, open_run, positions_beside, positions_of_small
-from effitrain.model.decoder import Decoder
-from effitrain.model.load import Base, find_base, load_model
+from effitrain.model.load import Base, find_base
 from effitrain.planning import at_positions, plan, recipe
 from effitrain.pruning.calibration import calibrate
 from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import make_small
+from effitrain.ready import Ready, load_ready
 from effitrain.train.hooks import check_tracker
-from effitrain.train.job import make_batches, tile_of
-from effitrain.train.memory import cuda_context_bytes
+from effitrain.train.job import make_batches
+from effitrain.train.memory import device_of, measured
 from effitrain.train.probe import OverBudget
 from effitrain.train.proof import proved
 from effitrain.train.state import check_checkpoint, checkpoints
-from effitrain.training import cap, placement_of
 
 __all__ = ["Events", "chat", "evaluate", "export", "plan", "prove", "prune", "recipe", "recover", "run"]
-
-
-# What a recipe says of training alone: eval and chat leave it aside.
-_OF_TRAINING = ("method", "attention", "s2_group", "train_norms", "train_embeddings", *Recipe.fields_in("lisa"))
 
 
 def prove(recipe: Recipe) -> Plan:
@@ -102,7 +91,7 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
     asked, (recipe, config) = recipe, at_positions(_as_before(recipe, folder), base.source.config)
     base = base.at_positions(config)
     _check_starting_points(recipe, base)
-    budget = _measured(find_budget(recipe))
+    budget = measured(find_budget(recipe))
     the_plan = make_plan(base.spec, recipe, budget)
     if prove_plan and the_plan.fits:
         the_plan = proved(the_plan, base.spec, base.source.config, recipe, budget.device)
@@ -111,7 +100,7 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
         raise refusal(the_plan)
     if dry_run:
         return None
-    _device(budget)
+    device_of(budget)
     try:
         return carry_out(*_begin(folder, asked, recipe, the_plan), the_plan, budget, base, events)
     except OverBudget as error:
@@ -144,7 +133,7 @@ def evaluate(
     scores_text = recipe.dataset is not None or not passkey
     if scores_text:
         check_data(recipe)
-    ready = _ready(recipe, adapter, "score", passkey)
+    ready = load_ready(recipe, adapter, "score", passkey)
     scores = _score(ready, sequence_length(ready.base.spec, recipe), by_position) if scores_text else {}
     scores |= {"model": recipe.model, "adapter": adapter}
     if passkey:
@@ -158,7 +147,7 @@ def chat(recipe: Recipe, adapter: str | None = None) -> ChatSession:
 
     The recipe's ``max_seq_len`` bounds a conversation, its ``batch_size`` is how many are answered together.
     """
-    ready = _ready(recipe, adapter, "chat")
+    ready = load_ready(recipe, adapter, "chat")
     settings = ready.plan.settings
     length = min(settings.max_seq_len, ready.base.spec.max_positions)
     session = (ready.decoder, ready.base.tokenizer(), recipe.template, recipe.seed)
@@ -221,7 +210,7 @@ def prune(recipe: Recipe, tell: Callable[[str], None] = lambda text: None) -> Pa
     base = base.fetched()
     remove_stale(target.parent, target.name)
     train_all = aligning_run(recipe, budget, tell)
-    make_small(base, recipe, lambda: calibrate(recipe, base), _device(budget), target, tell, train_all)
+    make_small(base, recipe, lambda: calibrate(recipe, base), device_of(budget), target, tell, train_all)
     return target
 
 
@@ -263,62 +252,6 @@ def _as_before(recipe: Recipe, folder: RunFolder) -> Recipe:
     return make_recipe({**read_recipe_file(folder.path / "recipe.yaml"), **recipe.model_dump(include=RUNTIME_FIELDS)})
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A loaded model for evaluation or chat, within the budget, and the recipe with its open choices made."""
-
-    base: Base
-    decoder: Decoder
-    recipe: Recipe
-    plan: Plan
-    budget: MemoryBudget
-
-    def texts_at_once(self, tokens: int) -> int:
-        """How many texts of ``tokens`` may be generated together.
-
-        Raises:
-            InputError: not even one has room.
-        """
-        count = texts_at_once(self.base.spec, self.recipe, self.plan.settings, self.budget, tokens)
-        if not count:
-            raise InputError(
-                f"The keys and values of {tokens} tokens have no room beside the model.",
-                next_step="Name smaller lengths, a larger --gpu-mem, or fewer layers with --resident-layers.",
-            )
-        return count
-
-
-def _ready(recipe: Recipe, adapter: str | None, work: Work, lengths: Sequence[int] = ()) -> Ready:
-    """Load a model, planned for its data and for prompts of ``lengths`` tokens."""
-    bundle = read_adapter(adapter_folder(adapter)) if adapter else None
-    base = _as_trained(find_base(recipe.model, recipe.weights), recipe, adapter)
-    recipe = recipe.changed(**{field: Recipe.model_fields[field].default for field in _OF_TRAINING})
-    check_lengths(base.spec, lengths)
-    length = max(sequence_length(base.spec, recipe), *lengths, 0)
-    recipe = recipe.changed(max_seq_len=length, **_adapter_fields(bundle))
-    budget = _measured(find_budget(recipe))
-    the_plan = make_plan(base.spec, recipe, budget, work)
-    if not the_plan.fits:
-        raise refusal(the_plan)
-    base = base.to_stream() if the_plan.settings.streamed else base.fetched()
-    recipe, device = resolve(recipe, the_plan), _device(budget)
-    cap(device, the_plan)
-    decoder = load_model(base, recipe, device, placement=placement_of(the_plan)).eval()
-    decoder.set_tile(tile_of(recipe))
-    if bundle:
-        load_into(attach(decoder, bundle.config, Clock()), bundle, str(adapter))
-        load_in_full(decoder, bundle.full)
-    return Ready(base, decoder, recipe, the_plan, budget)
-
-
-def _adapter_fields(bundle: AdapterBundle | None) -> dict[str, Any]:
-    """The fields of a recipe that say how large an adapter is."""
-    if bundle is None:
-        return {"method": "lora", "lora_targets": ()}
-    leaves = {path.rpartition(".")[2] for path in bundle.tensors}
-    return {"method": "lora", "lora_r": bundle.config.r, "lora_targets": tuple(sorted(leaves))}
-
-
 def _score(ready: Ready, length: int, by_position: int | Literal["auto"] | None) -> dict[str, Any]:
     """Losses on the data set, in samples of ``length`` tokens at most."""
     recipe = ready.recipe.changed(max_seq_len=length)
@@ -331,16 +264,6 @@ def _score(ready: Ready, length: int, by_position: int | Literal["auto"] | None)
     if found.warning:
         scores["warnings"] = [found.warning]
     return scores
-
-
-def _as_trained(base: Base, recipe: Recipe, adapter: str | None) -> Base:
-    """``base`` with the positions that the adapter was trained with, else those that ``recipe`` names: a model is never
-    stretched unasked, nor twice.
-    """
-    positions = positions_beside(adapter) if adapter else None
-    if positions is None and recipe.rope_scaling != "auto" and not scaled_already(base.source.config, recipe):
-        positions = at_positions(recipe, base.source.config)[1]
-    return base.at_positions(positions) if positions else base
 
 
 def _check_starting_points(recipe: Recipe, base: Base) -> None:
@@ -366,28 +289,6 @@ def _new_folder(target: str) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists already.", next_step="Name a new folder with -o.")
     return path
-
-
-def _measured(budget: MemoryBudget) -> MemoryBudget:
-    """``budget`` with the context that this process has on the card here, in place of the stated default."""
-    if budget.device != "cuda" or not torch.cuda.is_available():
-        return budget
-    return replace(budget, overhead_bytes=cuda_context_bytes() + CUDA_SLACK_BYTES)
-
-
-def _device(budget: MemoryBudget) -> torch.device:
-    """Where to compute.
-
-    Raises:
-        InputError: there is a card, and this torch cannot use it.
-    """
-    if budget.device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"There is a CUDA card, and torch {torch.__version__} cannot use it.",
-            "It is a build for the CPU, or the driver is too old for it.",
-            "Install the CUDA build of torch, or hide the card with CUDA_VISIBLE_DEVICES= to run on the CPU.",
-        )
-    return torch.device(budget.device)
 
 
 def _leaner_plan(error: OverBudget, spec: ModelSpec, recipe: Recipe, budget: MemoryBudget) -> Plan | None:

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "effitrain"
 
 # A room may import itself and the rooms to its right, except the pairs in APART.
 ROOMS = [
-    *("cli", "api", "carry_out", "training", "planning", "report", "evals", "train", "pruning", "adapters"),
+    *("cli", "api", "carry_out", "ready", "training", "planning", "report", "evals", "train", "pruning", "adapters"),
     *("model", "stream", "data", "quant", "io", "kernels", "core"),
 ]
 APART = {("train", "pruning")}

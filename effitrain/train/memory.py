@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from effitrain.core.budget import CUDA_SLACK_BYTES, MemoryBudget
+from effitrain.core.errors import InputError
 from effitrain.io.machine import card, process_device_bytes
 from effitrain.io.nf4 import NF4Tensor
 
@@ -121,6 +124,28 @@ def cuda_context_bytes() -> int:
         found = card()
         held = (found.free if found else total) - free
     return max(held - reserved, 0)
+
+
+def measured(budget: MemoryBudget) -> MemoryBudget:
+    """``budget`` with the context that this process has on the card here, in place of the stated default."""
+    if budget.device != "cuda" or not torch.cuda.is_available():
+        return budget
+    return replace(budget, overhead_bytes=cuda_context_bytes() + CUDA_SLACK_BYTES)
+
+
+def device_of(budget: MemoryBudget) -> torch.device:
+    """Where to compute.
+
+    Raises:
+        InputError: there is a card, and this torch cannot use it.
+    """
+    if budget.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"There is a CUDA card, and torch {torch.__version__} cannot use it.",
+            "It is a build for the CPU, or the driver is too old for it.",
+            "Install the CUDA build of torch, or hide the card with CUDA_VISIBLE_DEVICES= to run on the CPU.",
+        )
+    return torch.device(budget.device)
 
 
 def device_allocations(device: torch.device) -> int | None:

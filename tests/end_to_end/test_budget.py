@@ -11,6 +11,8 @@ from effitrain.core.budget import CUDA_SLACK_BYTES
 from effitrain.core.errors import BudgetError
 from effitrain.core.plan import make_plan
 from effitrain.train import job as job_room
+from effitrain.train import memory
+from effitrain.train.memory import measured
 
 MIB = 2**20
 
@@ -129,11 +131,11 @@ def test_evaluations_of_a_run_that_never_took_a_step_are_forgotten(asked, tmp_pa
 
 def test_the_context_is_measured_where_a_card_is(asked, monkeypatch):
     card = replace(api.find_budget(asked), device="cuda", overhead_bytes=12 * 2**30 // 10)
-    assert api._measured(card) == card
-    monkeypatch.setattr(api.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(api, "cuda_context_bytes", lambda: 300 * MIB)
-    assert api._measured(card).overhead_bytes == 300 * MIB + CUDA_SLACK_BYTES
-    assert api._measured(api.find_budget(asked)).overhead_bytes == 0
+    assert measured(card) == card
+    monkeypatch.setattr(memory.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "cuda_context_bytes", lambda: 300 * MIB)
+    assert measured(card).overhead_bytes == 300 * MIB + CUDA_SLACK_BYTES
+    assert measured(api.find_budget(asked)).overhead_bytes == 0
 
 
 def test_offloaded_inputs_of_short_samples_take_what_is_predicted(tmp_path):

@@ -63,15 +63,16 @@ def test_the_reports_losses_are_those_of_the_full_model(one, full, counting):
     from effitrain import api
     from effitrain.data.prepare import prepare_data
     from effitrain.evals.perplexity import evaluate_loss
+    from effitrain.ready import load_ready
     from effitrain.train.job import make_batches
 
     recipe = api.recipe(**{**yaml_of(one / "recipe.yaml"), "fit": "resident", **unpruned()})
-    plain = api._ready(recipe, None, "score")
+    plain = load_ready(recipe, None, "score")
     data = prepare_data(plain.recipe, plain.base.tokenizer(), recipe.max_seq_len)
     batches = make_batches(data.eval, plain.recipe)
     loss = read(one / "report.json")["loss"]
     assert evaluate_loss(plain.decoder, batches).loss == pytest.approx(loss["eval_before"], rel=1e-6)
-    adapted = api._ready(recipe, str(one), "score")
+    adapted = load_ready(recipe, str(one), "score")
     assert evaluate_loss(adapted.decoder, batches).loss == pytest.approx(loss["eval_after"], rel=1e-6)
 
 
