@@ -71,7 +71,7 @@ def backward_by_layer(decoder: Decoder, micro: Sequence[MicroBatch], turn: Calla
         loss.backward()
         losses[number] = loss.detach()
     if any(end.requires_grad for end in ends):
-        earlier = [p for p in decoder.parameters() if p.grad is not None]
+        earlier = [p for p in decoder.layers.parameters() if p.grad is not None]
         before = [_Before.apply(*earlier)] if earlier else []
         torch.autograd.backward([*ends, *before], [*(leaf.grad for leaf in leaves), *map(torch.ones_like, before)])
     return losses
@@ -82,6 +82,7 @@ class _Before(torch.autograd.Function):
 
     Autograd sums what comes in one pass before it adds the sum to what is there: a group would round in another order
     than its micro-batches one by one. Of the nodes that are ready the newest runs first, so this one must be made last.
+    It is for the layers alone: head and last norm have had their passes, and a trained embedding adds by itself.
     """
 
     @staticmethod
