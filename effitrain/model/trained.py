@@ -54,36 +54,6 @@ class _TrainedMatmul(torch.autograd.Function):
         return dx, dweight, dbias, None
 
 
-class TrainedEmbedding(nn.Module):
-    """A trained token embedding [V, H], float32; its rows are rounded to ``dtype`` and then scaled."""
-
-    def __init__(self, weight: nn.Parameter, scale: float, dtype: torch.dtype):
-        super().__init__()
-        self.weight, self.scale, self.dtype = weight, scale, dtype
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Rows of the table for ``input_ids`` [...]: [..., H]."""
-        rows = _Gather.apply(self.weight, input_ids.to(self.weight.device)).to(self.dtype)
-        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
-
-
-class _Gather(torch.autograd.Function):
-    """Adds to the gradient of the table the rows that were used: no second [V, H] is made, nor kept for a tied head."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
-        ctx.weight, ctx.ids = weight, ids
-        return F.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        weight, rows = ctx.weight, grad.reshape(-1, grad.shape[-1])
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        weight.grad.index_put_((ctx.ids.reshape(-1),), rows.to(weight.dtype), accumulate=True)
-        return None, None
-
-
 def layer_weights(layer: nn.Module) -> dict[str, Tensor]:
     """Every weight of a frozen layer by its path in it: matrices (those in NF4 left out), biases and norms."""
     found: dict[str, Tensor] = {}
@@ -135,9 +105,8 @@ def train_tables(decoder: Decoder) -> None:
     assert isinstance(embedding, Embedding) and isinstance(head, FrozenLinear)
     assert embedding.weight is not None and isinstance(head.weight, Tensor) and isinstance(norm, nn.Module)
     table = master(embedding.weight.to(decoder.device))
-    own = table if decoder.spec.tied else master(head.weight)
-    decoder.model.embed_tokens = TrainedEmbedding(table, embedding.scale, embedding.weight.dtype)
-    decoder.lm_head = TrainedLinear(head, own)
+    embedding.train_table(table)
+    decoder.lm_head = TrainedLinear(head, table if decoder.spec.tied else master(head.weight))
     head.weight = None
     norm.weight = master(norm.weight)  # type: ignore[arg-type]
 
