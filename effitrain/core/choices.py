@@ -187,14 +187,16 @@ def _groups(spec: ModelSpec, recipe: Recipe, weights: Weights, accum: int) -> li
     first is taken: the whole step for who asks for ``layer``, else as few as do.
 
     Raises:
-        InputError: ``layer`` is asked for, and tables are trained: their gradients would add up in another order.
+        InputError: ``layer`` is asked for, and the head is trained and is the embedding too: its gradient from the ends
+            of all micro-batches would come before those from their beginnings, and round in another order.
     """
-    tables = trains_tables(spec, recipe)
-    if weights == "resident" or recipe.stream_order == "micro-batch" or (tables and recipe.stream_order == "auto"):
+    twice = spec.tied and trains_tables(spec, recipe)
+    if weights == "resident" or recipe.stream_order == "micro-batch" or (twice and recipe.stream_order == "auto"):
         return [1]
-    if tables:
+    if twice:
         raise InputError(
-            "--stream-order layer with trained embeddings would round their gradients in another order.",
+            f"--stream-order layer: {spec.name} has one table as embedding and head, whose gradients would round in"
+            " another order.",
             next_step="Use --no-lisa-train-embeddings, or --stream-order micro-batch.",
         )
     sizes = {-(-accum // groups) for groups in range(1, accum + 1)}

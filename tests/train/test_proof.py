@@ -106,6 +106,10 @@ LISA: dict[str, tuple[str, dict[str, Any]]] = {
         "llama-3.1-8b",
         {"method": "lisa", "quant": "none", "lisa_train_embeddings": True, "recompute": "layer"},
     ),
+    "tables by layer": (
+        "llama-3.1-8b",
+        {"method": "lisa", "lisa_train_embeddings": True, "fit": "stream", "stream_order": "layer", "grad_accum": 3},
+    ),
     "quantised": ("llama-3.2-1b", {"method": "lisa", "recompute": "mlp"}),
     "streamed": ("llama-3.1-8b", {"method": "lisa", "fit": "stream", "resident_layers": 8}),
     "adapters": ("llama-3.1-8b", {"method": "lisa-lora", "recompute": "none"}),
