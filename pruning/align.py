@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from effitrain.core.keep import KeepMap
+from effitrain.core.paths import layer_of, path_of
 from effitrain.core.spec import Axis, LinearSpec
 from effitrain.data.batches import MicroBatch
 from effitrain.model.walk import Passing, Walk, frozen
@@ -59,9 +60,8 @@ class Aligner:
 
     def __call__(self, name: str, cut: Tensor) -> Tensor:
         """The aligned tensor ``name`` in the dtype of ``cut``; ``cut`` itself where there is nothing to align."""
-        parts = name.split(".")
-        layer = int(parts[2]) if name.startswith("model.layers.") else -1
-        while self._next <= layer:
+        layer = layer_of(name)
+        while layer is not None and self._next <= layer:
             self._solved = next(self._layers)
             self._next += 1
         return self._solved[name].to(cut.dtype) if name in self._solved else cut
@@ -79,7 +79,7 @@ class Aligner:
                     if linear.out_axis == Axis.MODEL and self.keep.indices(index, linear.in_axis) is not None:
                         weight = self._solve(index, layer, linear, behind, targets)
                         frozen(layer.get_submodule(linear.name)).weight = weight
-                        solved[f"model.layers.{index}.{linear.name}.weight"] = weight.cpu()
+                        solved[path_of(index, linear.name, "weight")] = weight.cpu()
                 for one in behind:
                     one.x = self.small.run(layer, one).cpu()
             for one, target in zip(ahead, targets, strict=True):

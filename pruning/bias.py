@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from effitrain.core.cut import read_pruned
 from effitrain.core.keep import KeepMap
+from effitrain.core.paths import path_of
 from effitrain.core.spec import LinearSpec
 from effitrain.data.batches import MicroBatch
 from effitrain.model.walk import Walk, frozen
@@ -53,7 +54,7 @@ class Biases:
                 lost = {
                     path: _Lost(layer, linear, self.keep.indices(index, linear.in_axis) or [])
                     for linear in spec.linears
-                    if (path := f"model.layers.{index}.{linear.name}") in self.paths
+                    if (path := path_of(index, linear.name)) in self.paths
                 }
                 for one in passing:
                     states = states_of(self.full, layer, one)

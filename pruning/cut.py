@@ -11,6 +11,7 @@ from torch import Tensor
 
 from effitrain.core.errors import InputError
 from effitrain.core.keep import KeepMap
+from effitrain.core.paths import layer_of, path_of
 from effitrain.core.spec import LinearSpec, ModelSpec, pruned_config
 from effitrain.io.atomic import atomic_folder, write_json
 from effitrain.io.keep import KEEP, write_keep
@@ -73,7 +74,7 @@ class CutWeights:
     @cached_property
     def _linears(self) -> dict[str, tuple[int, LinearSpec]]:
         return {
-            f"model.layers.{layer.index}.{linear.name}": (layer.index, linear)
+            path_of(layer.index, linear.name): (layer.index, linear)
             for layer in self.spec.layers
             for linear in layer.linears
         }
@@ -185,7 +186,8 @@ class InNF4:
 
 def _layer_of(name: str) -> int:
     """The layer that a tensor belongs to; what lies outside the layers comes first."""
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+    layer = layer_of(name)
+    return -1 if layer is None else layer
 
 
 def write_cut(

@@ -23,6 +23,7 @@ from effitrain.adapters.base import Adapter, AdapterConfig
 from effitrain.adapters.storage import AdapterBundle
 from effitrain.core.errors import InputError
 from effitrain.core.keep import KeepMap, LayerKeep
+from effitrain.core.paths import path_of
 from effitrain.core.spec import PRUNABLE, Axis, LayerSpec, ModelSpec, Widths
 from effitrain.io.nf4 import NF4Tensor
 from effitrain.model.decoder import Decoder
@@ -143,7 +144,7 @@ class LoRAPrune:
 
     def _readers(self, layer: LayerSpec, part: Axis) -> list[str]:
         """Paths of the linears with an adapter whose columns belong to ``part``."""
-        paths = [f"model.layers.{layer.index}.{m.linear.name}" for m in members(layer, part) if m.dim == 1]
+        paths = [path_of(layer.index, m.linear.name) for m in members(layer, part) if m.dim == 1]
         return [path for path in paths if path in self.adapters]
 
     def _mask_outputs(self, layer: LayerSpec, part: Axis) -> None:
@@ -170,7 +171,7 @@ def removed_share(done: float) -> float:
 def merged(bundle: AdapterBundle, keep: KeepMap, spec: ModelSpec) -> Callable[[str, Tensor], Tensor]:
     """An edit of cut weights that adds the kept part of an adapter of the full-size model."""
     axes = {
-        f"model.layers.{layer.index}.{linear.name}": (layer.index, linear.out_axis, linear.in_axis)
+        path_of(layer.index, linear.name): (layer.index, linear.out_axis, linear.in_axis)
         for layer in spec.layers
         for linear in layer.linears
     }

@@ -14,6 +14,7 @@ from effitrain.adapters.base import recover
 from effitrain.adapters.merge import check_fits
 from effitrain.adapters.storage import AdapterBundle, read_adapter, save_adapter
 from effitrain.core.keep import KeepMap
+from effitrain.core.paths import path_of
 from effitrain.core.positions import same_positions, with_positions_of
 from effitrain.core.spec import PRUNABLE, ModelSpec
 from effitrain.model.load import Base
@@ -52,7 +53,7 @@ def recover_factors(bundle: AdapterBundle, keep: KeepMap, full: ModelSpec) -> di
     factors = dict(bundle.tensors)
     for layer in full.layers:
         for linear in layer.linears:
-            path = f"model.layers.{layer.index}.{linear.name}"
+            path = path_of(layer.index, linear.name)
             if path in factors:
                 axes = {"out": linear.out_axis, "in": linear.in_axis}
                 sizes = {side: keep.full_size(axis) for side, axis in axes.items() if axis in PRUNABLE}
