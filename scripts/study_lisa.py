@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from study.bench import Bench, alpaca, gsm8k
+from study.record import put_between_marks
 
 TEXTS = {
     "alpaca": lambda data: (alpaca(data)[:1800], alpaca(data)[1800:]),
@@ -28,7 +29,6 @@ TEXTS = {
 RATES, INTERVALS, RANKS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (3, 10, 20), (8, 64)
 LENGTH, ROWS = 64, 8
 Run = dict[str, Any]
-BEGIN, END = "<!-- study -->", "<!-- end of study -->"
 
 
 def main() -> None:
@@ -61,9 +61,7 @@ def main() -> None:
     print(report)
     page = asked.output / "lisa.md"
     if page.exists():
-        text = page.read_text(encoding="utf-8")
-        head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
-        page.write_text(f"{head}{BEGIN}\n{report}\n{END}{tail}", encoding="utf-8")
+        put_between_marks(page, "study_lisa", report)
 
 
 def _arms(runs: list[Run], text: str, seeds: int, rates: Sequence[float]) -> Iterator[Run]:

@@ -270,8 +270,8 @@ def _explain_pruning(way: Way) -> Iterator[str]:
         yield "It trains on a pruned model, an approximation: the report tells how much of the gain arrives."
         return
     yield "It prunes the model while it trains it, and ships the small one: the whole model is in memory until the end."
-    exempt = way.recipe.prune_exempt or default_exempt(way.spec.num_layers)
     if len(small_spec(way.spec, way.recipe).shapes) > 1:
+        exempt = way.recipe.prune_exempt or default_exempt(way.spec.num_layers)
         yield (
             f"The first {exempt[0]} and the last {exempt[1]} layers stay whole, and stock transformers does not load"
             " layers of several widths: --prune-exempt 0,0 makes a model that it loads."

@@ -91,7 +91,7 @@ def equivalent(cell: Cell) -> Equivalent | None:
     if cell.method == "lisa-lora":  # where all layers are trained at a time
         return Equivalent(cell._replace(method="lora"), "", 0, "all layers")
     if cell.method == "lisa" and cell.quant == "none":
-        return Equivalent(cell._replace(method="full"), "", 1e-5, "all layers")
+        return Equivalent(cell._replace(method="full"), "", 1e-6, "all layers")  # the norm sums in another order
     if cell.method == "lora" and cell.quant == "nf4":
         return Equivalent(cell._replace(quant="none"), "rounded weights", 1e-5)
     return None

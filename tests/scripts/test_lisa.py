@@ -57,7 +57,7 @@ def test_the_step_of_lisa_on_a_hundred_million_parameters_by_the_plan():
 
 
 def test_the_study_goes_on_where_it_stopped(data_dir, tmp_path):
-    (tmp_path / "lisa.md").write_text("before\n<!-- study -->\nold\n<!-- end of study -->\nafter\n")
+    (tmp_path / "lisa.md").write_text("before\n<!-- study_lisa -->\nold\n<!-- /study_lisa -->\nafter\n")
 
     def study() -> tuple[dict, int]:
         printed = script("study_lisa.py", "-o", tmp_path, "--quick", EFFITRAIN_DATA=str(data_dir))
