@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 from functools import partial
@@ -41,6 +42,24 @@ def test_the_docs_show_what_longlora_measured(script):
     assert last["untouched"] > losses["untouched"][1] + 1  # past its length the model is of no use
     assert last["trained, s2"] <= 1.03 * losses["trained, s2"][1]
     assert last["trained, s2"] <= 1.02 * last["trained, full attention"]
+
+
+def test_the_docs_show_what_lisa_measured(script):
+    """The table, that a low-rank delta keeps nine tenths of the gain, and that LISA's step takes little memory."""
+    study, page = json.loads((ROOT / "docs/study_lisa.json").read_text()), (ROOT / "docs/lisa.md").read_text()
+    made = script("study_lisa")
+    assert f"<!-- study_lisa -->\n{made.table(study)}\n<!-- /study_lisa -->" in page
+    for text, base in study["base"].items():
+        interval = {"lisa_interval": made._interval(study["runs"], text)}
+        whole, delta = (
+            base - statistics.mean(made._best(study["runs"], {"text": text, **arm})[1])
+            for arm in ({"method": "lisa", **interval}, {"method": "lisa-delta", "lora_r": 64})
+        )
+        assert delta >= 0.9 * whole
+    sides = json.loads((ROOT / "benchmarks/lisa.json").read_text())["sides"]
+    assert sides["lisa"]["step_peak_bytes"] <= 1.1 * sides["lora"]["step_peak_bytes"]
+    for side in ("lisa-lora", "lisa", "lisa-delta, rank 64", "lisa, embeddings too", "full"):
+        assert f"| {sides[side]['memory_of_lora']:.2f} |" in page
 
 
 def test_a_short_form_of_longlora(script, data_dir, monkeypatch):
