@@ -9,11 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from effitrain.adapters.base import check_method
 from effitrain.adapters.full import check_kept
 from effitrain.adapters.merge import check_fits, merge
 from effitrain.adapters.portable import check_alive, for_peft_alone, one_rank
 from effitrain.adapters.storage import adapter_folder, read_adapter, save_adapter
+from effitrain.adapters.variants import check_method
 from effitrain.carry_out import aligning_run, carry_out
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.choices import compute_dtype, sequence_length

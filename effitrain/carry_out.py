@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from effitrain.adapters.variants import code_of
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.cut import alignment_recipe
 from effitrain.core.errors import BudgetError, InputError
@@ -65,7 +66,7 @@ def _carry_out(
     data = prepare_data(recipe, base.tokenizer(), chosen(recipe.max_seq_len))
     if not checkpoints(folder.path / "checkpoints"):
         folder = folder.note(evals=[], positions=[])  # of a run of another recipe that never took a step
-    folder = _same_inputs(folder, data=data.fingerprint, model=base.fingerprint())
+    folder = _same_inputs(folder, data=data.fingerprint, model=base.fingerprint(), **code_of(recipe.method))
     events.data(data)
     device = torch.device(budget.device)
     meter = Meter(device)

@@ -32,7 +32,7 @@ def plan(recipe: Recipe) -> Plan:
         InputError: no such model, method, card or linear.
     """
     if recipe.method not in ("lora", *METHODS):  # looking others up imports torch
-        from effitrain.adapters.base import check_method
+        from effitrain.adapters.variants import check_method
 
         check_method(recipe.method)
     recipe, config = at_positions(recipe, find_model(recipe.model).config)

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from effitrain.adapters.base import Adapter, AdapterConfig, Clock, adapter_class
+from effitrain.adapters.base import Adapter, AdapterConfig, Clock
+from effitrain.adapters.variants import adapter_class
 from effitrain.core.errors import InputError
 from effitrain.kernels.backend import usable
 from effitrain.kernels.lora_linear import Linear, lora_linear
@@ -42,9 +43,10 @@ def attach(decoder: Decoder, config: AdapterConfig, clock: Clock) -> dict[str, A
         InputError: a target matches no linear; names those there are.
     """
     linears = {name: module for name, module in decoder.named_modules() if isinstance(module, FrozenLinear)}
+    kind = adapter_class(config.kind)
     for name in target_names(list(linears), config.targets):
         base = linears[name]
-        adapter = adapter_class(config.kind).build(base, config, name, clock, decoder.device)
+        adapter = kind.build(base, config, name, clock, decoder.device)
         decoder.set_submodule(name, AdaptedLinear(base, adapter))
     return adapters(decoder)
 

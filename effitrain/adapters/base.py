@@ -1,13 +1,12 @@
 """The contract of an adapter: the tensors and the algebra of an update to one frozen linear, and nothing of training.
 
-A variant is one file in this folder that sets ``ADAPTER`` to its class. The contract test runs over the folder.
+A variant is one file that sets ``ADAPTER`` to its class; ``variants.py`` says where it lies. The contract test runs
+over all of them.
 
 Shapes: x [..., in], y [..., out]; factors L [out, k] and R [k, in] with delta W = scaling L R.
 """
 
 import hashlib
-import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -15,8 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from effitrain.core.errors import InputError
-from effitrain.core.methods import METHODS, adapter_kind
+from effitrain.core.methods import adapter_kind
 from effitrain.core.recipe import Recipe
 from effitrain.kernels.lora_linear import LowRank
 
@@ -144,29 +142,3 @@ def recover(tensor: Tensor, axes: Sequence[str], kept: Mapping[str, Tensor], siz
             shape[dim] = sizes[axis]
             tensor = tensor.new_zeros(shape).index_copy_(dim, kept[axis], tensor)
     return tensor
-
-
-def kinds() -> list[str]:
-    """The variants in this folder."""
-    import effitrain.adapters as room
-
-    names = [module.name for module in pkgutil.iter_modules(room.__path__)]
-    return [name for name in names if hasattr(importlib.import_module(f"effitrain.adapters.{name}"), "ADAPTER")]
-
-
-def check_method(method: str) -> None:
-    """Refuse a method that there is not."""
-    if method not in METHODS:
-        adapter_class(method)
-
-
-def adapter_class(kind: str) -> type[Adapter]:
-    """The class of a variant.
-
-    Raises:
-        InputError: no such variant; names those there are.
-    """
-    if kind not in kinds():
-        there_are = ", ".join([*kinds(), *METHODS])
-        raise InputError(f"--method {kind}: no such method.", next_step=f"There are: {there_are}.")
-    return importlib.import_module(f"effitrain.adapters.{kind}").ADAPTER

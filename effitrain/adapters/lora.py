@@ -31,9 +31,7 @@ class LoRA(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """``y + s dropout(x) A^T B^T`` into ``y`` [N, out] or [B, T, out]; x and x A^T are kept for backward."""
-        if self.dropout and self.training:
-            x = self._drop(x)
-        low = nn.functional.linear(x, self.A.to(x.dtype))
+        low = nn.functional.linear(self.dropped(x), self.A.to(x.dtype))
         up = self.B.to(x.dtype).t()
         if y.dim() == 2:
             return y.addmm_(low, up, alpha=self.scaling)
@@ -54,7 +52,10 @@ class LoRA(Adapter):
             self.B.copy_(left)
             self.A.copy_(right)
 
-    def _drop(self, x: Tensor) -> Tensor:
+    def dropped(self, x: Tensor) -> Tensor:
+        """``x`` with elements dropped by counter, in training."""
+        if not (self.dropout and self.training):
+            return x
         source = generator(x.device, *self._key())
         keep = torch.rand(x.shape, generator=source, device=x.device) >= self.dropout
         return x * keep / (1 - self.dropout)

@@ -167,7 +167,9 @@ class Recipe(BaseModel):
     )
 
     method: str = _flag(
-        "lora", "What is trained: adapters (lora), every weight (full), layers by turns (lisa ...)", group="adapter"
+        "lora",
+        "What is trained: adapters (lora, your own), every weight (full), layers by turns (lisa ...)",
+        group="adapter",
     )
     lora_r: int = _flag(16, "Rank", group="adapter", ge=1)
     lora_alpha: float = _flag(32.0, "Alpha; the update is scaled by alpha / r", group="adapter", gt=0)

@@ -1,11 +1,14 @@
-"""The contract that every adapter kind in the folder must keep (a new variant is one file and passes this test)."""
+"""The contract that every adapter variant must keep: those of the folder, the example of the docs, and the ones that
+EFFITRAIN_ADAPTERS names.
+"""
 
 import pytest
 import torch
 
 from effitrain.adapters.attach import AdaptedLinear
-from effitrain.adapters.base import AdapterConfig, Clock, adapter_class, kinds, recover
+from effitrain.adapters.base import AdapterConfig, Clock, recover
 from effitrain.adapters.storage import load_into, read_adapter, save_adapter
+from effitrain.adapters.variants import adapter_class, kinds, own_kinds
 from effitrain.core.errors import InputError
 from effitrain.core.spec import Axis, LinearSpec
 from effitrain.kernels.lora_linear import Linear, reference
@@ -35,8 +38,11 @@ def _train_a_little(adapter, dtype=torch.float32):
     return adapter.to(dtype)
 
 
-@pytest.fixture(params=kinds())
+@pytest.fixture(params=[*kinds(), *own_kinds(), "the example"])
 def kind(request):
+    if request.param == "the example":
+        request.getfixturevalue("own_folder")
+        return "gated"
     return request.param
 
 

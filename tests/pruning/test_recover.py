@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from effitrain.adapters.attach import attach
-from effitrain.adapters.base import AdapterConfig, Clock, kinds
+from effitrain.adapters.base import AdapterConfig, Clock
 from effitrain.adapters.storage import AdapterBundle, load_into, read_adapter, save_adapter
+from effitrain.adapters.variants import kinds
 from effitrain.core.errors import InputError
 from effitrain.io.keep import KEEP
 from effitrain.io.run_folder import positions_of_small

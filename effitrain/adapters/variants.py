@@ -1,0 +1,121 @@
+"""The adapter variants there are, a file each: those of this folder, and the user's own.
+
+A user's files lie in the folder that the environment names as ``EFFITRAIN_ADAPTERS``. Nothing else leads to a file: no
+recipe, model or data set can make effitrain run code that came with it. Only the file of the variant that is asked for
+is imported.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from effitrain.adapters.base import Adapter
+from effitrain.core.errors import InputError
+from effitrain.core.methods import METHODS
+
+OWN = "EFFITRAIN_ADAPTERS"
+_NEEDED = ("build", "forward", "factors", "load_factors")
+_HOW = "docs/own_adapter.md has an example that works."
+
+
+def kinds() -> list[str]:
+    """The variants in this folder."""
+    import effitrain.adapters as room
+
+    names = [module.name for module in pkgutil.iter_modules(room.__path__)]
+    return [name for name in names if hasattr(importlib.import_module(f"effitrain.adapters.{name}"), "ADAPTER")]
+
+
+def own_kinds() -> list[str]:
+    """The user's variants."""
+    return list(_own_files())
+
+
+def own_file(kind: str) -> Path | None:
+    """The user's file of a variant; None for those in this folder, and where there is none.
+
+    Raises:
+        InputError: the folder that the environment names is none, or its file has the name of another method.
+    """
+    path = _own_files().get(kind)
+    if path and kind in (*kinds(), *METHODS):
+        raise InputError(f"{path} has the name of effitrain's own method {kind}.", next_step="Give the file another.")
+    return path
+
+
+def adapter_class(kind: str) -> type[Adapter]:
+    """The class of a variant.
+
+    Raises:
+        InputError: no such variant, which names those there are; or it lacks a part of the contract.
+    """
+    if path := own_file(kind):
+        return _checked(_imported(path), path)
+    if kind not in kinds():
+        there_are = ", ".join([*kinds(), *METHODS, *own_kinds()])
+        raise InputError(
+            f"--method {kind}: no such method.",
+            next_step=f"There are: {there_are}. {OWN}=FOLDER adds variants of your own: docs/own_adapter.md.",
+        )
+    cls: type[Adapter] = importlib.import_module(f"effitrain.adapters.{kind}").ADAPTER
+    return cls
+
+
+def check_method(method: str) -> None:
+    """Refuse a method that there is not, or that could not be saved."""
+    if method not in METHODS:
+        adapter_class(method)
+
+
+def code_of(method: str) -> dict[str, str]:
+    """What a run with a user's own variant is made from besides data and model; nothing for other methods."""
+    path = None if method in METHODS else own_file(method)
+    return {"method": hashlib.sha256(path.read_bytes()).hexdigest()} if path else {}
+
+
+def _own_files() -> dict[str, Path]:
+    """The user's files by the name of their variant."""
+    named = os.environ.get(OWN)
+    if not named:
+        return {}
+    folder = Path(named)
+    if not folder.is_dir():
+        raise InputError(f"{OWN} names {folder}, which is no folder.", next_step=f"Name one that is, or unset {OWN}.")
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem.isidentifier()}
+
+
+def _imported(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"effitrain_own_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        what = "".join(traceback.format_exception_only(error)).strip()
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise InputError(f"{path} cannot be imported{where}: {what}", next_step=f"Mend it; {_HOW}") from None
+    return module
+
+
+def _checked(module: ModuleType, path: Path) -> type[Adapter]:
+    """``ADAPTER`` of the module, which has every part of the contract."""
+    cls = getattr(module, "ADAPTER", None)
+    if not (isinstance(cls, type) and issubclass(cls, Adapter)):
+        raise InputError(f"{path} sets no ADAPTER to a subclass of Adapter.", next_step=f"End it so; {_HOW}")
+    own = {name for ancestor in cls.__mro__[: cls.__mro__.index(Adapter)] for name in vars(ancestor)}
+    missing = [name for name in _NEEDED if name not in own]
+    if missing:
+        raise InputError(
+            f"{cls.__name__} in {path} has no {' and no '.join(missing)}.",
+            "An adapter is saved by its factors as a plain LoRA, and loaded by them: without them all would be lost.",
+            f"Add what is missing; {_HOW}",
+        )
+    return cls
