@@ -85,6 +85,7 @@ def _carry_out(
         run = replace(run, prune=facts(recipe, run.evals, []))
     elif recipe.method == "lisa" and recipe.quant != "none":  # trained beside layers in 4 bits, which the model is not
         whole = find_base(str(folder.path / "model"))
+        events.note("The model that is saved has no layer in NF4. Its losses are those of the report:")
         batches = make_batches(data.eval, recipe)
         run = replace(run, evals=ends(recipe, base, whole, device, batches, run.evals, events.evaluated))
     rope = rope_figures(recipe, base.spec, base.source.loads_from, folder.path)

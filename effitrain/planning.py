@@ -1,16 +1,19 @@
 """The part of the API that answers without torch: what is asked for, and what would fit."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from effitrain.core.methods import METHODS
+from effitrain.core.methods import METHODS, SAMPLED
 from effitrain.core.plan import Plan, make_plan
 from effitrain.core.positions import scaled_config, settled
 from effitrain.core.presets import find_preset
 from effitrain.core.recipe import Recipe, make_recipe
 from effitrain.core.spec import spec_from_config
-from effitrain.io.hub import find_model
+from effitrain.core.units import format_bytes
+from effitrain.io.hub import ModelSource, find_model
 from effitrain.io.machine import find_budget
+from effitrain.io.stores import default_store_dir, is_stored
 
 
 def recipe(**fields: Any) -> Recipe:
@@ -35,10 +38,23 @@ def plan(recipe: Recipe) -> Plan:
         from effitrain.adapters.variants import check_method
 
         check_method(recipe.method)
-    recipe, config = at_positions(recipe, find_model(recipe.model).config)
+    source = find_model(recipe.model)
+    recipe, config = at_positions(recipe, source.config)
     spec = spec_from_config(config, recipe.model)
     named = recipe.gpu is not None or recipe.gpu_mem is not None
-    return make_plan(spec, recipe, find_budget(recipe, assume_card=named))
+    return with_download(make_plan(spec, recipe, find_budget(recipe, assume_card=named)), source, recipe)
+
+
+def with_download(plan: Plan, source: ModelSource, recipe: Recipe) -> Plan:
+    """``plan`` with what is downloaded for it, of a model that is in no folder."""
+    streams = plan.fit == "stream" and recipe.method not in SAMPLED  # from the store alone
+    stored = streams and is_stored(default_store_dir(), source.hub_id, source.revision)
+    if source.folder or recipe.weights or stored or not plan.fits:
+        return plan
+    where = "for that store, file by file, and no file is kept" if streams else "to it"
+    size = format_bytes(2 * plan.model.params)
+    told = f"Unless the hub's cache holds them, {size} of weights are downloaded {where}."
+    return replace(plan, reasons=(*plan.reasons, told))
 
 
 def at_positions(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:

@@ -64,7 +64,7 @@ def train_model(
     _prove_budget(job, expected, meter, evaluated)
 
     state = resume(recipe, folder.path / "checkpoints", job, events.note)
-    scores = _scores(job, the_plan, evaluated, folder, state, events, adapter)
+    scores = _scores(job, recipe, the_plan, evaluated, folder, state, events, adapter)
     if not scores.points:
         scores.add("before")
     watch = StreamWatch(job.decoder.streamer, the_plan, meter.device)
@@ -169,12 +169,14 @@ def _pruner(job: Job, recipe: Recipe, the_plan: Plan, base: Base) -> LoRAPrune |
 
 
 def _scores(
-    job: Job, the_plan: Plan, evaluated: Batches, folder: RunFolder, state: TrainState, events: Events, adapter: str
-) -> Scores:
+    job: Job, recipe: Recipe, the_plan: Plan, evaluated: Batches, folder: RunFolder, state: TrainState, events: Events,
+    adapter: str,
+) -> Scores:  # fmt: skip
     whose = "of the small model " if adapter == "adapter-small" else ""
+    form = " (frozen layers in NF4)" if recipe.method == "lisa" and recipe.quant == "nf4" else ""  # not as it is saved
 
     def told(when: str, evaluation: Evaluation) -> None:
-        events.evaluated(whose + when, evaluation)
+        events.evaluated(f"{whose}{when}{form}", evaluation)
 
     return Scores(job.decoder, evaluated, folder, state, told, the_plan.settings.at_once)
 

@@ -1,7 +1,10 @@
 """What the terminal shows of a run, from the plan to the last step."""
 
 import sys
+import textwrap
 
+from rich.console import Console as Terminal
+from rich.text import Text
 from tqdm import tqdm
 
 from effitrain.api import Events
@@ -21,9 +24,14 @@ class Console(Events):
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
+        self.width = Terminal().width
 
     def note(self, text: str) -> None:
-        """A line of its own, at once; a running bar stays below it."""
+        """Lines of their own, at once, in the width of the terminal, no word torn apart; a running bar stays below."""
+        fill = textwrap.TextWrapper(self.width, break_long_words=False, break_on_hyphens=False).fill
+        self._write("\n".join(map(fill, text.splitlines())))
+
+    def _write(self, text: str) -> None:
         tqdm.write(text)
         sys.stdout.flush()
 
@@ -53,12 +61,13 @@ class Console(Events):
         """Counts, and one sample with its trained part marked."""
         stats = data.stats
         self.note(
-            f"Data: {stats.samples} samples ({stats.format}, template {stats.template}), {stats.tokens} tokens,"
+            f"Data: {stats.samples:,} samples ({stats.format}, template {stats.template}), {stats.tokens:,} tokens,"
             f" {stats.trained_share:.0%} trained;\n"
-            f"{stats.truncated} truncated, {stats.dropped} dropped; {len(data.eval)} samples for evaluation.\n"
+            f"{stats.truncated:,} truncated, {stats.dropped:,} dropped; {len(data.eval):,} samples for evaluation.\n"
             "One sample, its trained part marked:"
         )
-        self.note(data.preview)
+        lines = Text(data.preview).wrap(Terminal(), self.width)  # by the cells that characters take
+        self._write("\n".join(line.plain.rstrip() for line in lines))
 
     def evaluated(self, when: str, evaluation: Evaluation) -> None:
         """A loss on the evaluation set."""

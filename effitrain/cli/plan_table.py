@@ -1,5 +1,7 @@
-"""How the terminal shows a plan."""
+"""How the terminal shows a plan: no line is wider than the terminal, and none ends in blanks."""
 
+import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -11,19 +13,47 @@ from effitrain.core.plan import Plan, refusal
 from effitrain.core.units import format_bytes
 
 _UNTOLD = {("at_once", 1), ("mlp_tiles", 1), ("work", "train")}  # settings that go without saying
+_WORDS = {
+    "offload": "layer inputs offloaded",
+    "streamed": "{} layers streamed",
+    "on_disk": "{} of them from the disk",
+    "at_once": "{} micro-batches at once",
+}
 _SMALLEST_SHARE = 0.01  # ledger lines below this share of the peak are summed up in one line
+_BLANKS = re.compile(r"(?: |\x1b\[[\d;]*m)+$", re.MULTILINE)  # at the end of a line, and where colours end among them
 
 
 def print_plan(plan: Plan, terminal: Terminal | None = None, others: bool = False) -> None:
     """The plan as a short table: verdict, settings, and where the bytes go; with ``others`` the other ways too."""
     terminal = terminal or Terminal(highlight=False)
+    with terminal.capture() as shown:
+        _print_verdict(plan, terminal)
+        _print_ledger(plan, terminal)
+        if plan.proof:
+            _print_proof(plan.proof, terminal)
+        _print_each(plan.reasons, terminal)
+        if others:
+            _print_others(plan, terminal)
+    terminal.file.write(_BLANKS.sub(lambda end: end[0].replace(" ", ""), shown.get()))
+
+
+def _print_verdict(plan: Plan, terminal: Terminal) -> None:
     verdict = "fits" if plan.fits else "does not fit"
+    terminal.print(f"[bold]{plan.model.name}[/] ({_count(plan.model.params)} parameters), {plan.fit}: {verdict}.")
     terminal.print(
-        f"[bold]{plan.model.name}[/] ({plan.model.params / 1e6:,.1f}M parameters), {plan.fit}: {verdict}."
-        f" Peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)},"
-        f" host {format_bytes(plan.host_peak_bytes)}."
+        f"Peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)} on the device,"
+        f" {format_bytes(plan.host_peak_bytes)} on the host."
     )
-    terminal.print(f"[dim]{_settings(plan)}[/]")
+    together = ", ".join(setting.replace(" ", "\xa0") for setting in _settings(plan))  # no setting is torn apart
+    terminal.print(f"[dim]{textwrap.fill(together, terminal.width)}[/]".replace("\xa0", " "))
+
+
+def _count(params: int) -> str:
+    return f"{params / 1e9:.1f}B" if params >= 1e9 else f"{params / 1e6:.1f}M"
+
+
+def _print_ledger(plan: Plan, terminal: Terminal) -> None:
+    """The lines of the device, the largest first, small ones in one."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title, side in (("what", "left"), ("bytes", "right"), ("how", "left")):
         table.add_column(title, justify=side, no_wrap=title != "how")  # type: ignore[arg-type]
@@ -35,21 +65,17 @@ def print_plan(plan: Plan, terminal: Terminal | None = None, others: bool = Fals
     if small:
         table.add_row("the rest", format_bytes(small), "")
     terminal.print(table)
-    if plan.proof:
-        _print_proof(plan.proof, terminal)
-    _print_each(plan.reasons, terminal)
-    if others:
-        _print_others(plan, terminal)
 
 
 def _print_others(plan: Plan, terminal: Terminal) -> None:
     """The other ways that fit, exact ones first, and why one does not."""
     table = Table(box=None, pad_edge=False, header_style="dim", title="Other ways", title_justify="left")
-    for title, side in (("", "left"), ("device", "right"), ("host", "right"), ("tokens/s", "right")):
+    speeds = [("tokens/s", "right")] if plan.overhead_bytes else []  # small models on a CPU defy an estimate
+    for title, side in (("", "left"), ("device", "right"), ("host", "right"), *speeds):
         table.add_column(title, justify=side)  # type: ignore[arg-type]
     for way in (way for way in plan.alternatives if way.fits):
         sizes = (format_bytes(way.peak_bytes), format_bytes(way.host_peak_bytes))
-        table.add_row(way.why, *sizes, f"{way.tokens_per_second_estimate:,.0f}" if plan.overhead_bytes else "")
+        table.add_row(way.why, *sizes, *(f"{way.tokens_per_second_estimate:,.0f}" for _ in speeds))
     if table.row_count:
         terminal.print(table)
     short = [way for way in plan.alternatives if not way.fits and way.prune_ratio is None]
@@ -67,12 +93,12 @@ def _print_each(sentences: Iterable[str], terminal: Terminal) -> None:
         terminal.print(table)
 
 
-def _settings(plan: Plan) -> str:
-    """The chosen settings that do something, and the estimated speed on a card; small models on a CPU defy one."""
+def _settings(plan: Plan) -> list[str]:
+    """The chosen settings that do something, and the estimated speed on a card."""
     shown = {name: value for name, value in asdict(plan.settings).items() if value and (name, value) not in _UNTOLD}
-    words = [name.replace("_", " ") + ("" if value is True else f" {value}") for name, value in shown.items()]
+    words = [_WORDS.get(name, name.replace("_", " ") + " {}").format(value) for name, value in shown.items()]
     speed = [f"about {plan.tokens_per_second_estimate:,.0f} tokens/s"] if plan.overhead_bytes and plan.fits else []
-    return ", ".join([*words, *speed])
+    return [*words, *speed]
 
 
 def _print_proof(proof: Mapping[str, Any], terminal: Terminal) -> None:

@@ -376,5 +376,7 @@ def host_lines(spec: ModelSpec, recipe: Recipe, settings: Settings, device: str)
         lines.append(LedgerLine("streamed layers", HOST, sum(held), summed(held)))
         ahead, largest = min(SLOTS, len(read)), max(read, default=0)
         lines.append(LedgerLine("read-ahead", HOST, ahead * largest, f"{ahead} buffers x {largest:,} B"))
-        lines.append(LedgerLine("store", DISK, sum(store), summed(store)))
+        rest = spec.params - spec.linear_params  # as the checkpoint has it
+        in_store = f"{summed(store)} + embedding, head, norms {rest:,} x 2 B"
+        lines.append(LedgerLine("store", DISK, sum(store) + 2 * rest, in_store))
     return tuple(lines)

@@ -283,19 +283,20 @@ def _explain_streaming(way: Way, choice: Choice, budget: MemoryBudget) -> Iterat
     time = step_time(choice.spec, way.recipe, settings, budget.rates)
     tokens = tokens_to_hide(choice.spec, way.recipe, settings, budget.rates)
     yield f"{settings.streamed} of {choice.spec.num_layers} layers visit the device twice {_how_often(settings)}."
-    together = "step that pass a layer together" if settings.at_once > 1 else "micro-batch"
+    together = "that pass a layer together" if settings.at_once > 1 else "a micro-batch"
     yield (
-        f"{time.hidden_share:.0%} of the copying hides behind computation, all of it from about {tokens:,} tokens a"
+        f"{time.hidden_share:.0%} of the copying hides behind computation, all of it from about {tokens:,} tokens"
         f" {together}."
     )
-    store, shards = sum(line.bytes for line in choice.ledger if line.where == DISK), 2 * way.spec.params
+    store = sum(line.bytes for line in choice.ledger if line.where == DISK)
     if way.fit == "stream" and not way.recipe.weights:
-        yield (
-            f"Their store takes {format_bytes(store)} of disk, made once. From the hub {format_bytes(shards)} are"
-            " downloaded for it, file by file, and no file is kept."
-        )
+        yield f"The store that layers stream from takes {format_bytes(store)} of disk, and is made once."
     if settings.on_disk:
-        yield f"{settings.on_disk} of them are read from the disk, taken to give {budget.rates.disk / 1e9:g} GB/s."
+        rest = settings.streamed - settings.on_disk
+        yield (
+            f"{settings.on_disk} of the layers that stream are read from the disk in every pass, at"
+            f" {budget.rates.disk / 1e9:g} GB/s if it gives that{f'; host memory holds {rest}' if rest else ''}."
+        )
 
 
 def _how_often(settings: Settings) -> str:

@@ -75,3 +75,22 @@ def test_notes_reach_a_pipe_at_once(streams):
     pipe.flush = lambda: flushed.append(pipe.getvalue())
     Console().evaluated("before", SimpleNamespace(loss=1.0, perplexity=2.718))
     assert flushed[-1:] == ["Evaluation loss before: 1.0000 (perplexity 2.72)\n"]
+
+
+def test_notes_and_the_sample_are_as_wide_as_the_terminal(streams, monkeypatch):
+    """No word is torn apart, for it may be a path; characters of the sample that take two cells count as two."""
+    monkeypatch.setenv("COLUMNS", "40")
+    out, _ = streams(io.StringIO)
+    console, path = Console(), "/a/folder/" + 40 * "x"
+    console.note(f"Going on from {path}, after step 3 of 7, with all that was there.")
+    assert f"{path}," in out.getvalue().split()
+    stats = SimpleNamespace(
+        samples=1330, format="alpaca", template="plain", tokens=63160, trained_share=0.21, truncated=0, dropped=2000
+    )
+    console.data(
+        SimpleNamespace(stats=stats, eval=range(66), preview="A long line " * 9 + "\n\n" + "宽" * 30 + "«end»")
+    )
+    lines = out.getvalue().splitlines()
+    assert "Data: 1,330 samples (alpaca, template" in lines and "2,000 dropped" in out.getvalue()
+    assert not [line for line in lines if (len(line) > 40 and path not in line) or line.endswith(" ")]
+    assert "宽" * 20 in lines and "宽" * 10 + "«end»" in lines and lines[-3] == ""

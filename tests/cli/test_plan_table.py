@@ -1,23 +1,78 @@
-"""A plan on a terminal of 80 columns, and where nothing can show colours."""
+"""A plan on a terminal: within its columns, no line ends in blanks, no word is lost, with colour and without."""
 
+import io
 import re
 
 import pytest
+from rich.console import Console as Terminal
+
+from effitrain.cli.plan_table import print_plan
+from effitrain.planning import plan, recipe
+
+ESCAPE = re.compile(r"\x1b\[[\d;]*m")
+ASKED = {
+    "streams": {"model": "llama-70b", "gpu": "rtx4090", "host_mem": "64G"},
+    "from the disk": {"model": "llama-405b", "gpu_mem": "24G", "host_mem": "64G"},
+    "by turns": {"model": "llama-3.1-8b", "gpu": "rtx4090", "method": "lisa", "host_mem": "64G"},
+    "pruned": {"model": "llama-70b", "gpu": "rtx4090", "fit": "prune", "host_mem": "64G"},
+    "in tiles": {"model": "llama-3.1-8b", "gpu_mem": "8G", "max_seq_len": 65536, "host_mem": "64G"},
+    "does not fit": {"model": "llama-70b", "gpu_mem": "5G", "host_mem": "16G"},
+    "small": {"model": "tiny", "host_mem": "8G"},
+}
 
 
-@pytest.mark.parametrize(
-    "memory",
-    [("--gpu", "rtx4090", "--host-mem", "64G"), ("--gpu-mem", "20G", "--host-mem", "30G"), ("--gpu-mem", "5G")],
-)
-def test_a_plan_fits_eighty_columns_and_loses_no_word(effitrain, monkeypatch, memory):
+def shown(made, width: int, colour: bool) -> str:
+    file = io.StringIO()
+    print_plan(made, Terminal(file=file, width=width, force_terminal=colour, highlight=False), others=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("fields", ASKED.values(), ids=ASKED)
+def test_no_line_is_too_wide_or_ends_in_blanks(fields):
+    made = plan(recipe(**fields))
+    for width in (80, 100, 60):
+        plain, coloured = shown(made, width, False), shown(made, width, True)
+        assert "\x1b" not in plain and ESCAPE.sub("", coloured) == plain != coloured
+        for line in plain.splitlines():
+            assert len(line) <= width and line == line.rstrip(" ")
+
+
+@pytest.mark.parametrize("fields", ASKED.values(), ids=ASKED)
+def test_every_reason_and_setting_is_there(fields):
+    made = plan(recipe(**fields))
+    running = re.sub(r"\s+", " ", shown(made, 80, False))
+    assert made.reasons and all(f"- {reason}" in running for reason in made.reasons)
+    assert f"optimizer {made.settings.optimizer}, lr" in running
+    assert all(way.why in running for way in made.alternatives if way.fits)
+
+
+def test_no_setting_is_torn_apart():
+    words = shown(plan(recipe(**ASKED["from the disk"])), 80, False).splitlines()[2:5]
+    assert [line[-1] for line in words[:-1]] == [",", ","]
+    assert "125 of them from the disk" in " ".join(words) and "6 micro-batches at once" in " ".join(words)
+
+
+def test_the_command_minds_columns_and_no_color(effitrain, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
-    from effitrain.planning import plan, recipe
+    out = effitrain("plan", "--model", "llama-70b", "--gpu", "rtx4090", "--host-mem", "64G").out
+    assert "\x1b" not in out and not [line for line in out.splitlines() if len(line) > 80 or line.endswith(" ")]
+    assert out.startswith("llama-70b (70.6B parameters), stream: fits.\nPeak ")
 
-    fields = {name.lstrip("-").replace("-", "_"): value for name, value in zip(memory[::2], memory[1::2], strict=True)}
-    shown = effitrain("plan", "--model", "llama-70b", *memory).out
-    assert "\x1b" not in shown and max(map(len, shown.splitlines())) <= 80
-    running = re.sub(r"\s+", " ", shown)
-    for reason in plan(recipe(model="llama-70b", **fields)).reasons:
-        assert f"- {reason.partition('this machine')[0]}" in running  # what is free here changes
-    assert "offload, optimizer" in running
+
+def test_a_download_is_foretold_for_a_model_that_is_in_no_folder(tiny_model):
+    """Of a store, or to the hub's cache; a folder, the built-in model and random weights have none."""
+
+    def told(**fields):
+        return [reason for reason in plan(recipe(**fields, host_mem="64G")).reasons if "downloaded" in reason]
+
+    assert told(model="llama-70b", gpu="rtx4090") == [
+        "Unless the hub's cache holds them, 131 GiB of weights are downloaded for that store, file by file, and no file"
+        " is kept."
+    ]
+    assert told(model="llama-3.1-8b", gpu="rtx4090") == [
+        "Unless the hub's cache holds them, 15.0 GiB of weights are downloaded to it."
+    ]
+    local = {"gpu_mem": 2**33, "fit": "stream"}
+    assert not told(model=str(tiny_model()), **local) and not told(model="tiny", **local)
+    assert not told(model="llama-70b", gpu="rtx4090", weights="synthetic")

@@ -45,7 +45,7 @@ def test_a_70b_rehearsed_ends_in_its_ledger(effitrain):
 
 def test_plan_needs_nothing(effitrain, tmp_path):
     answer = effitrain("plan", "--model", "llama-70b", "--gpu", "rtx4090")
-    assert answer.code == 0 and "llama-70b (70,553.7M parameters), stream: fits" in answer.out
+    assert answer.code == 0 and "llama-70b (70.6B parameters), stream: fits" in answer.out
     assert effitrain("plan", "--model", "llama-3.1-8b", "--gpu-mem", "20G").code == 0
     assert effitrain("plan").code == 0 and not [*tmp_path.iterdir()]
 

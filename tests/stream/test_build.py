@@ -15,13 +15,15 @@ import torch
 
 from effitrain.core.errors import InputError
 from effitrain.core.presets import find_preset
+from effitrain.core.recipe import make_recipe
 from effitrain.core.spec import spec_from_config
 from effitrain.io import store as store_module
 from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.store import StoreKey, verify_store
-from effitrain.io.stores import list_stores
+from effitrain.io.stores import folder_bytes, list_stores
 from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
 from effitrain.io.writer import stream_safetensors
+from effitrain.planning import plan
 from effitrain.stream.build import ensure_store
 
 MIB = 2**20
@@ -81,6 +83,7 @@ from effitrain.core.spec import spec_from_config
 from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.store import StoreKey
 from effitrain.quant.nf4 import quantize
+from effitrain.planning import plan
 from effitrain.stream.build import ensure_store
 
 def anonymous():
@@ -155,6 +158,18 @@ def test_kill_9_at_any_moment_costs_nothing(tmp_path, kills):
     verify_store(store)
     assert digests(store) == digests(expected)
     assert [path.name for path in (tmp_path / "killed").iterdir()] == [store.name]
+
+
+def test_the_plan_foretells_its_size(tmp_path):
+    """Embedding and head too, as the checkpoint has them; names, sizes and hashes of the parts are on top."""
+    config = {**small_config(layers=4, hidden=256, ffn=512), "vocab_size": 5000, "tie_word_embeddings": False}
+    spec = write_checkpoint(tmp_path / "model", config, 2)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    store = ensure_store(tmp_path / "stores", key_of(checkpoint), spec, checkpoint)
+    asked = make_recipe({"model": str(tmp_path / "model"), "fit": "stream", "gpu_mem": 2**33, "host_mem": 2**33})
+    (line,) = (line for line in plan(asked).ledger if line.where == "disk")
+    assert line.what == "store"
+    assert 0 < folder_bytes(store.folder) - line.bytes < 0.01 * line.bytes
 
 
 def test_nf4_checkpoints_are_taken_as_they_are(data_or_made_nf4, tmp_path):
