@@ -13,7 +13,11 @@ from effitrain.cli.flags import recipe_fields, recipe_flags
 @click.option("--prove", is_flag=True, help="Check it by running the real step on shapes alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print plan.json.")
 def command(prove: bool, as_json: bool, **flags: Any) -> None:
-    """Say what fits and where every byte goes, without weights and without a GPU."""
+    """Say what fits and where every byte goes, without weights and without a GPU.
+
+    It takes the flags of `run`, so that one may be typed in place of the other; those that cost no memory change
+    nothing.
+    """
     from effitrain import planning
     from effitrain.cli.plan_table import print_plan
 

@@ -20,8 +20,8 @@ def settled(recipe: Recipe, config: Mapping[str, Any], name: str) -> Recipe:
     divided by the smallest whole factor that reaches (position interpolation, Chen et al. 2023, as LongLoRA does).
 
     Raises:
-        InputError: the model has a scaling of its own that another would replace, the factor does not reach, or the
-            config is of no model that can be handled.
+        InputError: the model has a scaling of its own that another would replace, nothing would be scaled, the factor
+            does not reach, or the config is of no model that can be handled.
     """
     known, wanted = spec_from_config(config, name).max_positions, recipe.max_seq_len or 0
     kind, factor = recipe.rope_scaling, recipe.rope_factor
@@ -36,6 +36,13 @@ def settled(recipe: Recipe, config: Mapping[str, Any], name: str) -> Recipe:
             f"{name} has {own} positions of its own, {known:,} of them, and --rope-scaling {kind} would replace them.",
             f"--max-seq-len {wanted} asks for more." if wanted > known else "",
             f"--max-seq-len of at most {known}, or --rope-scaling none to go past them unscaled.",
+        )
+    if factor == 1:
+        raise InputError(
+            f"--rope-scaling {kind} would change nothing: {name} has {known:,} positions, and --max-seq-len asks for no"
+            " more.",
+            next_step=f"Say how far they are to reach, such as --rope-factor 2 or --max-seq-len {2 * known}, or leave"
+            " --rope-scaling out.",
         )
     if wanted > known * factor:
         raise InputError(

@@ -144,7 +144,7 @@ class Recipe(BaseModel):
         "auto", "How positions beyond the model's length are scaled; linear where there are such", group="training"
     )
     rope_factor: Annotated[float | None, Auto] = _flag(
-        None, "How many times the model's length; as many as --max-seq-len takes", group="training", ge=1
+        None, "How many times the model's length; as many as --max-seq-len takes", group="training", gt=1
     )
     batch_size: Annotated[int | None, Auto] = _flag(None, "Samples a micro-step; from the plan", group="training", ge=1)
     grad_accum: Annotated[int | None, Auto] = _flag(

@@ -67,6 +67,15 @@ def test_a_scaling_of_the_models_own_is_never_replaced(config: dict[str, Any], f
     assert "--rope-scaling none" in caught.value.next_step
 
 
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
+def test_a_scaling_that_would_change_nothing_is_refused(kind: str) -> None:
+    for fields in ({}, {"max_seq_len": 512}):
+        with pytest.raises(InputError, match=f"--rope-scaling {kind} would change nothing: m has 512 positions"):
+            chosen(PLAIN, rope_scaling=kind, **fields)
+    with pytest.raises(InputError, match=r"--rope-factor 1.*greater than 1"):
+        chosen(PLAIN, rope_scaling=kind, rope_factor=1)
+
+
 def test_a_factor_that_does_not_reach_is_refused() -> None:
     with pytest.raises(InputError, match="--rope-factor 2 reaches 1,024 positions") as caught:
         settled(make_recipe({"rope_factor": 2, "max_seq_len": 1500}), PLAIN, "m")
