@@ -64,6 +64,8 @@ def prove(recipe: Recipe) -> Plan:
 def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, prove_plan: bool = False) -> Report | None:
     """Plan, load, train, evaluate, report. The run folder is the state: the same call goes on after a kill.
 
+    Here it is decided what is done; ``carry_out.py`` does it, and each step is taken by ``train`` in ``train/loop.py``.
+
     Args:
         recipe: what to do.
         events: told of progress.
@@ -88,7 +90,8 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
         events.note("No --dataset: training on the built-in instruction set.")
     check_data(recipe)
     base = find_base(recipe.model, recipe.weights)
-    asked, (recipe, config) = recipe, at_positions(_as_before(recipe, folder), base.source.config)
+    asked = recipe
+    recipe, config = at_positions(_as_before(asked, folder), base.source.config)
     base = base.at_positions(config)
     _check_starting_points(recipe, base)
     budget = measured(find_budget(recipe))
@@ -102,7 +105,8 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
         return None
     device_of(budget)
     try:
-        return carry_out(*_begin(folder, asked, recipe, the_plan), the_plan, budget, base, events)
+        resolved, begun = _begin(folder, asked, recipe, the_plan)
+        return carry_out(resolved, begun, the_plan, budget, base, events)
     except OverBudget as error:
         leaner = _leaner_plan(error, base.spec, recipe, budget)
         if leaner is None:
@@ -110,7 +114,8 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
         events.note(f"{error.fact} Planning anew with less.")
     gc.collect()  # the model of the first try must be gone before the second is loaded
     events.planned(leaner)
-    return carry_out(*_begin(folder, asked, recipe, leaner), leaner, budget, base, events)
+    resolved, begun = _begin(folder, asked, recipe, leaner)
+    return carry_out(resolved, begun, leaner, budget, base, events)
 
 
 def evaluate(
@@ -267,12 +272,14 @@ def _score(ready: Ready, length: int, by_position: int | Literal["auto"] | None)
 
 
 def _check_starting_points(recipe: Recipe, base: Base) -> None:
-    """An adapter or checkpoint to go on from is looked at before anything large is fetched."""
+    """What a run goes on from, adapter, checkpoint or small model, is looked at before anything large is fetched."""
     if recipe.method in CHANGES_MODEL and "quantization_config" in base.source.config:
         raise InputError(
             f"{base.name} is stored in 4 bits, and --method {recipe.method} trains weights of full precision.",
             next_step="Name the original 16-bit model with --model.",
         )
+    if recipe.small_model:
+        read_keep(Path(recipe.small_model))
     if recipe.init_adapter:
         bundle = read_adapter(adapter_folder(recipe.init_adapter))
         if recipe.prune_ranking == "local":  # else the scores decide what fits

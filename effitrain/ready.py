@@ -7,6 +7,7 @@ from typing import Any
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import Clock
 from effitrain.adapters.full import load_in_full
+from effitrain.adapters.merge import check_fits
 from effitrain.adapters.storage import AdapterBundle, adapter_folder, load_into, read_adapter
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.choices import sequence_length
@@ -70,6 +71,8 @@ def load_ready(recipe: Recipe, adapter: str | None, work: Work, lengths: Sequenc
     """
     bundle = read_adapter(adapter_folder(adapter)) if adapter else None
     base = _as_trained(find_base(recipe.model, recipe.weights), recipe, adapter)
+    if bundle:
+        check_fits(base.spec, bundle)
     recipe = recipe.changed(**{field: Recipe.model_fields[field].default for field in _OF_TRAINING})
     check_lengths(base.spec, lengths)
     length = max(sequence_length(base.spec, recipe), *lengths, 0)

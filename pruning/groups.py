@@ -56,7 +56,7 @@ def check_family(config: Mapping[str, Any], name: str) -> None:
         raise InputError(
             f"{name} is built in a way that pruning does not know: a channel of its FFN is {sorted(traced)},"
             f" expected {sorted(known)}.",
-            next_step="Use --fit resident or stream.",
+            next_step="Train it whole: effitrain run --fit resident, or --fit stream.",
         )
 
 

@@ -65,7 +65,7 @@ class LoRAPrune:
                     if not self._readers(layer, part):
                         raise InputError(
                             f"Nothing of layer {layer.index} that reads its {part} has an adapter to score them by.",
-                            next_step="Leave --lora-targets at all, or add down_proj and o_proj.",
+                            next_step="Leave --lora-targets out, or add down_proj and o_proj to it.",
                         )
                     key = layer.index, part
                     self.masks[key] = torch.ones(before, device=decoder.device)

@@ -30,7 +30,9 @@ def kernels(shapes: tuple[str, ...], tokens: tuple[int, ...], rank: tuple[int, .
     from effitrain.evals.bench_cases import LLAMA_8B, LLAMA_70B
 
     if not torch.cuda.is_available():
-        raise InputError("There is no CUDA card here to time kernels on.", next_step="effitrain doctor says what is.")
+        raise InputError(
+            "There is no CUDA card here to time kernels on.", next_step="effitrain doctor says what was found instead."
+        )
     timings = []
     for name, count, r in product(shapes, tokens, rank):
         sizes = replace({"8B": LLAMA_8B, "70B": LLAMA_70B}[name], tokens=count, rank=r)

@@ -85,7 +85,7 @@ def small_spec(spec: ModelSpec, recipe: Recipe) -> ModelSpec:
         InputError: it names no ratio, or one that cannot be.
     """
     if recipe.prune_ratio is None:
-        raise InputError("--fit prune needs a ratio.", next_step="Try --prune-ratio 0.5.")
+        raise InputError("Pruning needs a ratio.", next_step="Try --prune-ratio 0.5: half of what can be pruned goes.")
     widths = cut_widths(spec, recipe.prune_ratio, recipe.prune_parts, recipe.prune_exempt, recipe.prune_round)
     if recipe.prune_ranking == "global":
         widths = _most_uneven(spec.widths, widths, recipe.prune_round or default_multiple(spec.ffn))

@@ -268,10 +268,10 @@ def make_recipe(fields: dict[str, Any]) -> Recipe:
         problems += [_describe(item) for item in error.errors()]
     except InputError as error:
         problems.append(str(error))
-    if recipe is not None:
-        problems += contradictions(recipe)
     if problems or recipe is None:
         raise InputError("\n".join(problems), next_step="effitrain run --help lists every flag.")
+    if problems := list(contradictions(recipe)):
+        raise InputError("\n".join(problems), next_step="Leave one of the two out, or change it.")
     return recipe
 
 

@@ -50,6 +50,8 @@ def _pruning(recipe: Any) -> Iterator[str]:
     if recipe.fit not in ("auto", "prune"):
         for field in _given(recipe, recipe.fields_in("pruning")):
             yield f"{flag_of(field)} {getattr(recipe, field)} is for --fit prune, and --fit is {recipe.fit}."
+    if recipe.small_model and recipe.fit == "auto" and recipe.prune_ratio is None:
+        yield f"--small-model {recipe.small_model} is for --fit prune, and --fit is auto."
     if recipe.prune_method == "loraprune":
         for field in _given(recipe, ("train_norms", "train_embeddings")):
             yield f"{flag_of(field)} saves them with an adapter; --prune-method loraprune ships a whole model."

@@ -84,8 +84,8 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "tr
     pruned = len(spec.shapes) > 1
     if asked and pruned:
         raise InputError(
-            f"{spec.name} has layers of several widths: it is pruned already, and its keep map is of another model.",
-            next_step="Train on it as it is, without --fit prune, or prune the full-size model with a larger ratio.",
+            f"{spec.name} has layers of several widths: it is pruned already, and is not pruned again.",
+            next_step="Train on it as it is, or prune the full-size model by more.",
         )
     can_prune = not pruned and spec.num_layers > 2 and recipe.method not in METHODS  # of two layers both are exempt
     if asked or (recipe.fit == "auto" and can_prune):
@@ -104,7 +104,7 @@ def _whole(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work) ->
     if recipe.fit == "prune":
         raise InputError(
             "--fit prune is for training: a pruned model answers differently.",
-            next_step="Prune it with `effitrain prune` and name the small model, or use --fit auto.",
+            next_step="Use --fit auto, or name with --model a folder that `effitrain prune` wrote.",
         )
     resident = [Way("resident", "resident", spec, recipe, budget, work=work)] if recipe.resident_layers is None else []
     stream = [Way("stream", "streamed", spec, recipe, budget, work=work)]

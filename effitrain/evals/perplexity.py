@@ -62,4 +62,7 @@ def scored(decoder: Decoder, batches: Batches, at_once: int) -> Iterator[list[Mi
     finally:
         decoder.train(training)
     if not found:
-        raise InputError("The evaluation set has no token to score.", next_step="Check --eval-dataset and --template.")
+        raise InputError(
+            "The evaluation set has no token to score.",
+            next_step="Every sample needs an answer: check the file, --columns and --template.",
+        )

@@ -36,7 +36,8 @@ def read_keep(path: Path) -> KeepMap:
     file = path / KEEP if path.is_dir() else path
     if not file.is_file():
         raise InputError(
-            f"There is no keep map {file}.", next_step="Name keep.safetensors of the pruned model with --keep."
+            f"There is no keep map {file}.",
+            next_step="Name keep.safetensors of the pruned model, or the folder that it lies in.",
         )
     try:
         with safe_open(file, "pt") as content:

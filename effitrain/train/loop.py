@@ -1,4 +1,4 @@
-"""The training loop: one function, handed its parts."""
+"""The training loop: one function, ``train``, handed its parts by ``training.py``."""
 
 import math
 import time

@@ -91,7 +91,10 @@ def check_checkpoint(folder: Path) -> None:
         InputError: it is none.
     """
     if not (folder / "state.json").is_file():
-        raise InputError(f"{folder} is not a checkpoint: it has no state.json.", next_step="Name a step-N of a run.")
+        raise InputError(
+            f"{folder} is not a checkpoint: it has no state.json.",
+            next_step="Name a step-N folder in the checkpoints of a run.",
+        )
 
 
 def step_of(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """What the tests of the command line share: a finished run, and a place for bad input."""
 
+import importlib
 import json
 import re
 import shutil
@@ -10,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from effitrain.cli.main import VERBS
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 PROGRESS = re.compile(r"(^|\r)(loading|training|merging):[^\r\n]*|\r|\x1b\[A")
 
 
@@ -93,6 +97,23 @@ class Place:
         return [verb, "--model", self.asked["--model"], "--adapter", adapter, *more]
 
 
+def foreign_flags(message: str, arguments: list[object]) -> list[str]:
+    """Flags that a message names, and that neither its verb has, nor another one which it names in the same line."""
+    typed = {str(argument) for argument in arguments}
+    return [
+        flag
+        for line in message.splitlines()
+        for flag in FLAG.findall(line)
+        if flag not in {*typed, *flags_of(str(arguments[0]), *re.findall(r"effitrain (\w+)", line))}
+    ]
+
+
+def flags_of(*verbs: str) -> set[str]:
+    """Every flag of some verbs."""
+    commands = [importlib.import_module(f"effitrain.cli.{verb}").command for verb in verbs if verb in VERBS]
+    return {"--help", *(name for command in commands for option in command.params for name in option.opts)}
+
+
 @pytest.fixture
 def place(tmp_path: Path, asked: dict[str, object], finished: Path) -> Place:
     """A new place."""
@@ -113,6 +134,7 @@ def refused(effitrain: Callable[..., Any], place: Place, digests: Callable[..., 
         assert "Traceback" not in answer.out + answer.err
         message = PROGRESS.sub("", answer.err).strip()
         assert message.startswith("effitrain: ") and message.count("effitrain: ") == 1, answer.err
+        assert not foreign_flags(message, arguments), f"{foreign_flags(message, arguments)} are not for this verb"
         assert len(message) < 1500 and len(message.splitlines()) < 12, message
         absent = [word for word in words if word.casefold() not in message.casefold()]
         assert not absent, f"{absent} not in: {message}"

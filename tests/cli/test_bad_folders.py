@@ -133,6 +133,18 @@ FOLDERS = {
         lambda p: p.with_adapter("export", p.adapter(r=None), "-o", p.root / "out"),
         ("r or lora_alpha is missing",),
     ),
+    "eval with the adapter of another model": (
+        lambda p: ["eval", "--model", p.model(num_hidden_layers=1), "--adapter", p.finished],
+        ("model.layers.1.", "no such linear", "another model", "Name the model it was trained on: "),
+    ),
+    "chat with the adapter of another model": (
+        lambda p: ["chat", "--model", p.model(intermediate_size=96), "--adapter", p.finished, "--prompt", "a"],
+        ("another model", "Name the model it was trained on: "),
+    ),
+    "small model that is none": (
+        lambda p: p.run(fit="prune", prune_ratio=0.5, small_model=p.root / "none"),
+        ("no keep map", "Name keep.safetensors"),
+    ),
     "adapter of another model": (
         lambda p: ["export", "--model", p.model(intermediate_size=96), "--adapter", p.finished, "-o", p.root / "out"],
         ("another model", "Name the model it was trained on: "),

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from .conftest import foreign_flags
+
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 CONFIG = "model: tiny\n"
 
@@ -157,3 +159,9 @@ def test_as_a_real_process(tmp_path, arguments, word):
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("effitrain: ") and done.stderr.count("effitrain: ") == 1
     assert word in done.stderr and "Traceback" not in done.stderr and not [*tmp_path.rglob("*.json")]
+
+
+def test_a_flag_of_another_verb_in_a_message_would_be_seen():
+    assert foreign_flags("No map.\nName it with --keep.", ["run", "--model", "x"]) == ["--keep"]
+    assert not foreign_flags("No map.\nUse effitrain recover --keep, or --fit.", ["run"])
+    assert not foreign_flags("No such flag: --nonsense.", ["run", "--nonsense"])

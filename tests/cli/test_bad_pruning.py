@@ -111,7 +111,10 @@ def test_a_family_without_a_known_structure(effitrain, full, rows, tmp_path):
 
 # Name of a case: how the files of a good recovery are spoilt, words that the message must hold.
 RECOVERIES = {
-    "no keep map": (lambda p: (p.small / "keep.safetensors").unlink(), ("no keep map", "--keep")),
+    "no keep map": (
+        lambda p: (p.small / "keep.safetensors").unlink(),
+        ("no keep map", "Name keep.safetensors"),
+    ),
     "damaged keep map": (lambda p: (p.small / "keep.safetensors").write_bytes(b"x"), ("not a keep map",)),
     "wrong base": (lambda p: p.change_base(), ("other weights", "--model")),
     "base of another shape": (lambda p: p.use_base("llama", heads=4, kv_heads=2), ("belongs to another model",)),

@@ -1,8 +1,8 @@
 """Every flag of every verb does something that can be seen, or is refused with a reason.
 
-The flags are those that the parser has. Each has a case in ``flag_cases.py``: the verb is run with it and without it, in this
-process and on a tiny model, and what can be seen must differ. A flag without a case fails, and so does a case without
-its flag.
+The flags are those that the parser has. Each has a case in ``flag_cases.py``: the verb is run with it and without it,
+in this process and on a tiny model, and what can be seen must differ. A flag without a case fails, and so does a case
+without its flag.
 """
 
 import hashlib
