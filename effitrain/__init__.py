@@ -20,6 +20,8 @@ os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__:
+        importlib.import_module("effitrain.core.system").check_system()
     if name == "Recipe":
         return importlib.import_module("effitrain.core.recipe").Recipe
     if name in ("plan", "recipe"):

@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from effitrain.core.names import flag_of, nearest_name
 from effitrain.core.recipe import Recipe, read_recipe_file
+from effitrain.core.system import ONE_CARD, SEVERAL_CARDS
 
 MODEL_FIELDS = ("model", "weights")
 DATA_FIELDS = ("dataset", "format", "columns", "template", "train_on_prompt", "truncation", "packing", "join_documents")
@@ -49,6 +50,8 @@ def _unknown_flag(error: click.NoSuchOption) -> str:
     name = error.option_name.lstrip("-").removeprefix("no-").replace("-", "_")
     if name in Recipe.model_fields:
         return f"{error.option_name} is for `effitrain run` and `effitrain plan`; this verb has no use for it."
+    if name in SEVERAL_CARDS:
+        return f"No such flag: {error.option_name}. {ONE_CARD}"
     own = [param.name for param in error.ctx.command.params if param.name] if error.ctx else []
     nearest = nearest_name(name, own)
     return f"No such flag: {error.option_name}." + (f" Did you mean {flag_of(nearest)}?" if nearest else "")

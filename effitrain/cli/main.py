@@ -9,6 +9,7 @@ import click
 from effitrain.cli.flags import usage
 from effitrain.core.errors import EffitrainError, InputError
 from effitrain.core.names import nearest_name
+from effitrain.core.system import check_system
 
 VERBS = ("plan", "run", "prune", "recover", "eval", "chat", "export", "store", "doctor", "bench")
 # What other tools call these.
@@ -46,10 +47,9 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script; exits with 0, 2 (bad input), 3 (nothing fits), 130 (interrupted) or 1."""
-    if not sys.platform.startswith("linux"):
-        _fail("effitrain runs on Linux and on Windows under WSL2.", 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        check_system()
         code = cli.main(args, prog_name="effitrain", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)

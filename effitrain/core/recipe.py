@@ -10,6 +10,7 @@ from effitrain.core.errors import InputError
 from effitrain.core.methods import DEFAULTS
 from effitrain.core.names import flag_of, nearest_name
 from effitrain.core.rules import contradictions
+from effitrain.core.system import ONE_CARD, SEVERAL_CARDS
 from effitrain.core.units import parse_bytes
 
 
@@ -297,6 +298,8 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
 
 
 def _unknown(key: str) -> str:
+    if key in SEVERAL_CARDS:
+        return f"Unknown key {key!r}. {ONE_CARD}"
     nearest = nearest_name(key, Recipe.model_fields)
     return f"Unknown key {key!r}." + (f" Did you mean {nearest!r}?" if nearest else "")
 

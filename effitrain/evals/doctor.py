@@ -17,6 +17,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from effitrain.core.system import unsupported
 from effitrain.core.units import format_bytes
 from effitrain.io.machine import card, free_host_bytes
 
@@ -70,15 +71,9 @@ def _run(name: str, check: Callable[[], Outcome]) -> Check:
 
 
 def _system() -> Outcome:
-    system, release = platform.system(), platform.release()
-    if system != "Linux":
-        return False, f"{system}; effitrain runs on Linux, and on Windows inside WSL2."
-    if "microsoft" in release.lower() and "wsl2" not in release.lower():
-        return (
-            False,
-            f"Linux {release} looks like WSL1, which has no CUDA. Convert it: wsl --set-version DISTRIBUTION 2",
-        )
-    return True, f"Linux {release}, {platform.machine()}"
+    if error := unsupported():
+        return False, " ".join(str(error).splitlines())
+    return True, f"Linux {platform.release()}, {platform.machine()}"
 
 
 def _python() -> Outcome:

@@ -11,17 +11,21 @@ from typing import Literal
 
 from effitrain.core.budget import MemoryBudget, make_budget
 from effitrain.core.recipe import Recipe
+from effitrain.core.system import ONE_CARD
 from effitrain.core.units import format_bytes
 
 
 @dataclass(frozen=True)
 class Card:
-    """A CUDA card: its name, bytes in all and free, and the half precision it computes in, bf16 since Ampere."""
+    """A CUDA card: its name, bytes in all and free, the half precision it computes in, bf16 since Ampere, and how many
+    cards a program sees besides.
+    """
 
     name: str
     total: int
     free: int
     half: Literal["bf16", "fp16"] = "bf16"
+    idle: int = 0
 
 
 def find_budget(recipe: Recipe, assume_card: bool = False) -> MemoryBudget:
@@ -36,7 +40,8 @@ def find_budget(recipe: Recipe, assume_card: bool = False) -> MemoryBudget:
     device: Literal["cpu", "cuda"] = "cuda" if found or assume_card else "cpu"
     budget = make_budget(recipe, device, free, free_host_bytes(), found.name if found else None, os.cpu_count() or 1)
     if found and not recipe.gpu:
-        return replace(budget, half=found.half)
+        idle = (f"{found.idle + 1} cards are here. {ONE_CARD} This is {found.name}.",) if found.idle else ()
+        return replace(budget, half=found.half, notices=(*budget.notices, *idle))
     return replace(budget, notices=(*budget.notices, *_assumed(recipe, budget)))
 
 
@@ -60,10 +65,18 @@ def card() -> Card | None:
     Asked once a process, so ``free`` is from before this process put anything on the card.
     """
     try:
-        name, total, free = _ask_driver("--query-gpu=name,memory.total,memory.free")[0]
-        return Card(name, int(total) * 2**20, int(free) * 2**20, _half())
+        name, total, free, *count = _ask_driver("--query-gpu=name,memory.total,memory.free,count")[0]
+        return Card(name, int(total) * 2**20, int(free) * 2**20, _half(), _seen(*count) - 1)
     except (ValueError, IndexError):
         return None
+
+
+def _seen(count: str = "1") -> int:
+    """Cards that a program sees, where the system has ``count``: those that CUDA_VISIBLE_DEVICES names, or all."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len(visible.split(","))
+    return int(count) if count.isdecimal() else 1
 
 
 def _half() -> Literal["bf16", "fp16"]:

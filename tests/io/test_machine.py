@@ -53,7 +53,19 @@ def test_the_card_that_cuda_would_use(smi, monkeypatch, visible, asked):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     smi(ANSWER)
-    assert card() == Card(f"NVIDIA Card{asked}", 24564 * 2**20, 23000 * 2**20)
+    assert card() == Card(f"NVIDIA Card{asked}", 24564 * 2**20, 23000 * 2**20, idle=int(visible == "3,1"))
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "seen"), [(None, "1", 1), (None, "4", 4), (None, "[N/A]", 1), ("1", "4", 1), ("0,1", "4", 2)]
+)
+def test_cards_that_stay_idle_are_told(smi, monkeypatch, visible, count, seen):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    smi(f"echo 'NVIDIA A40, 24564, 23000, {count}'")
+    told = [notice for notice in find_budget(recipe()).notices if "one card" in notice]
+    assert len(told) == (seen > 1)
+    assert not told or told[0].startswith(f"{seen} cards are here. effitrain uses one card") and "A40" in told[0]
 
 
 @pytest.mark.parametrize("visible", ["", "-1"])
