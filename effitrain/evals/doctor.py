@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ MIN_DISK = 2 * 2**30  # bytes: a rank-16 adapter of an 8B model takes 160 MiB, t
 NF4_ERROR = (0.085, 0.098)
 
 
+PINNED = 100 * 2**20  # bytes: not a power of two, which torch's own pinned memory would be rounded up to
+
+Outcome = tuple[bool | None, str]
+
+
 @dataclass(frozen=True)
 class Check:
     """One point: ``ok`` is None where it does not apply here; ``detail`` says what was found, and what to do."""
@@ -38,7 +44,17 @@ class Check:
 
 def checks() -> list[Check]:
     """Every check, in the order to read them. A check that raises has failed; nothing is raised."""
-    named = [
+    results = [_run(name, check) for name, check in of_the_machine()]
+    try:
+        from effitrain.evals.trials import TRIALS
+    except ImportError as error:
+        return [*results, Check("trials", False, f"cannot begin: {error}")]
+    return [*results, *(_run(name, trial) for name, trial in TRIALS.items())]
+
+
+def of_the_machine() -> list[tuple[str, Callable[[], Outcome]]]:
+    """The checks that are no trials of training, by name."""
+    return [
         ("system", _system),
         ("python", _python),
         *_packages(),
@@ -48,17 +64,9 @@ def checks() -> list[Check]:
         ("NF4 on cpu", lambda: _nf4("cpu")),
         ("NF4 on cuda", lambda: _nf4("cuda")),
         ("Triton kernels", _kernels),
+        ("pinned memory", _pinned),
         ("safetensors files", _safetensors),
     ]
-    results = [_run(name, check) for name, check in named]
-    try:
-        from effitrain.evals.trials import TRIALS
-    except ImportError as error:
-        return [*results, Check("trials", False, f"cannot begin: {error}")]
-    return [*results, *(_run(name, trial) for name, trial in TRIALS.items())]
-
-
-Outcome = tuple[bool | None, str]
 
 
 def _run(name: str, check: Callable[[], Outcome]) -> Check:
@@ -183,6 +191,25 @@ def _kernels() -> Outcome:
         False,
         f"wrong on this card: {found}. Switched off in {where}; training takes the slower path, please report it",
     )
+
+
+def _pinned() -> Outcome:
+    """Host memory that the card reads by itself, without which the copies of streamed layers wait for each other."""
+    import torch
+
+    from effitrain.stream.pinned import pinned_empty
+
+    if not torch.cuda.is_available():
+        return None, "no card"
+    host = pinned_empty((PINNED,), torch.uint8, torch.device("cuda"))
+    if not host.is_pinned():
+        return False, "refused, so streaming copies slowly. Raise the limit of locked memory (ulimit -l)."
+    there = torch.empty_like(host, device="cuda").copy_(host)  # the first copy maps pages and starts the driver up
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    there.copy_(host, non_blocking=True)
+    torch.cuda.synchronize()
+    return True, f"{format_bytes(PINNED)} in place, {PINNED / 1e9 / (time.perf_counter() - started):.1f} GB/s to the card"
 
 
 def _safetensors() -> Outcome:

@@ -1,4 +1,4 @@
-"""Trials of what training rests on, for the doctor: on a random model of two small layers, made in memory.
+"""Trials of what training rests on, for the doctor, on the random model of ``trial_model``.
 
 They run where training would, on the card in bf16 or on the CPU in fp32; where numbers are compared with those of other
 code, always on the CPU in fp32.
@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,53 +16,24 @@ from torch.nn import functional as F
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
 from effitrain.adapters.storage import load_into, read_adapter, save_adapter
-from effitrain.core.spec import spec_from_config
 from effitrain.data.formats import Turn
 from effitrain.data.templates import STYLES, find_template, stop_ids
 from effitrain.data.tokenized import encode
+from effitrain.evals.step_trials import STEP_TRIALS
+from effitrain.evals.trial_model import CONFIG, VOCAB, Outcome, compared, fresh, here, tokens, uniform, weights
 from effitrain.io.hub import find_model
-from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
 from effitrain.io.tokenizer import load_tokenizer
 from effitrain.kernels import swiglu
 from effitrain.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy, reference
-from effitrain.model.decoder import Decoder, build
-from effitrain.model.load import fill
-
-Outcome = tuple[bool | None, str]
-
-# fp32 sums of up to 112 products in another order differ by some 1e-6 of the largest result.
-TOLERANCE = 1e-5
-CPU = torch.device("cpu")
-VOCAB = 211
-CONFIG: dict[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from effitrain.model.decoder import Decoder
 
 
 @torch.no_grad()
 def packing_isolation() -> Outcome:
     """Change the tokens of one sample of a packed row: all others must stay as they were, bit for bit."""
-    on_card = torch.cuda.is_available()
-    decoder = _decoder("nf4", *((torch.device("cuda"), torch.bfloat16) if on_card else (CPU, torch.float32)))
+    decoder = fresh("nf4", *here())
     lengths = (5, 9, 1, 12)
-    samples = _tokens(sum(lengths)).split(lengths)
+    samples = tokens(sum(lengths)).split(lengths)
     positions = torch.cat([torch.arange(length) for length in lengths])
     before = decoder(torch.cat(samples), positions, lengths).split(lengths)
     for k in range(len(samples)):
@@ -94,7 +64,7 @@ def saved_adapter() -> Outcome:
     """An adapter saved and loaded into a fresh model must give the same logits, bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         logits = _adapted_logits(Path(folder) / "adapter")
-        decoder, bundle = _decoder(), read_adapter(Path(folder) / "adapter")
+        decoder, bundle = fresh(), read_adapter(Path(folder) / "adapter")
         load_into(attach(decoder, bundle.config, Clock(1)), bundle, folder)
     return torch.equal(_logits(decoder), logits), "saved and loaded, logits compared with those before"
 
@@ -108,36 +78,36 @@ def stock_peft() -> Outcome:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIG))
-    weights = _weights("none", torch.float32)
-    stock.load_state_dict({name: weights.read(name) for name in weights.names()})
+    base = weights("none", torch.float32)
+    stock.load_state_dict({name: base.read(name) for name in base.names()})
     with tempfile.TemporaryDirectory() as folder:
         ours = _adapted_logits(Path(folder) / "adapter")
-        theirs = PeftModel.from_pretrained(stock, str(Path(folder) / "adapter")).eval()(_tokens(40)[None]).logits[0]
-    return _compared("logits", [ours], [theirs])
+        theirs = PeftModel.from_pretrained(stock, str(Path(folder) / "adapter")).eval()(tokens(40)[None]).logits[0]
+    return compared("logits", [ours], [theirs])
 
 
 def fused_loss() -> Outcome:
     """Head and loss in chunks against whole logits: the loss and both gradients."""
-    hidden, weight = _uniform(60, 32).requires_grad_(), _uniform(VOCAB, 32).requires_grad_()
+    hidden, weight = uniform(60, 32).requires_grad_(), uniform(VOCAB, 32).requires_grad_()
 
     def head(rows: Tensor) -> Tensor:
         return F.linear(rows, weight)
 
-    labels = _tokens(60).where(torch.arange(60) % 3 > 0, IGNORED)
+    labels = tokens(60).where(torch.arange(60) % 3 > 0, IGNORED)
     fused = linear_cross_entropy(hidden, head, labels, [weight], chunk_bytes=17 * 4 * VOCAB)
     whole = reference(hidden, head, labels)
     ours, theirs = ([loss, *torch.autograd.grad(loss, [hidden, weight])] for loss in (fused, whole))
-    return _compared("loss and gradients", ours, theirs)
+    return compared("loss and gradients", ours, theirs)
 
 
 def fused_swiglu() -> Outcome:
     """SwiGLU against its formula: the output and both gradients."""
-    gate, up = _uniform(60, 32).requires_grad_(), _uniform(60, 32).requires_grad_()
+    gate, up = uniform(60, 32).requires_grad_(), uniform(60, 32).requires_grad_()
     ours, theirs = (
         [out, *torch.autograd.grad(out.sum(), [gate, up])]
         for out in (swiglu.swiglu(gate, up), swiglu.reference(gate, up))
     )
-    return _compared("output and gradients", ours, theirs)
+    return compared("output and gradients", ours, theirs)
 
 
 TRIALS: Mapping[str, Callable[[], Outcome]] = {
@@ -147,43 +117,20 @@ TRIALS: Mapping[str, Callable[[], Outcome]] = {
     "stock peft": stock_peft,
     "fused loss": fused_loss,
     "fused SwiGLU": fused_swiglu,
+    **STEP_TRIALS,
 }
-
-
-def _weights(quant: str, dtype: torch.dtype) -> SyntheticCheckpoint:
-    return SyntheticCheckpoint(shapes_of(spec_from_config(CONFIG, "trial")), 0, quant == "nf4", dtype)
-
-
-def _decoder(quant: str = "none", device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Decoder:
-    empty = build(spec_from_config(CONFIG, "trial"), CONFIG, "trial")
-    return fill(empty, _weights(quant, dtype), quant, dtype, device).eval()
 
 
 def _adapted_logits(folder: Path) -> Tensor:
     """Logits of a model with a random adapter, which is saved to ``folder``."""
-    decoder, config = _decoder(), AdapterConfig(r=4, alpha=8)
+    decoder, config = fresh(), AdapterConfig(r=4, alpha=8)
     adapters = attach(decoder, config, Clock(0))
     for adapter in adapters.values():
         left, right = adapter.factors()
-        adapter.load_factors(_uniform(*left.shape), right)
+        adapter.load_factors(uniform(*left.shape), right)
     save_adapter(folder, {path: adapter.factors() for path, adapter in adapters.items()}, config, "trial")
     return _logits(decoder)
 
 
 def _logits(decoder: Decoder) -> Tensor:
-    return decoder.logits(decoder(_tokens(40), torch.arange(40), (40,)))
-
-
-def _tokens(count: int) -> Tensor:
-    return torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(0))
-
-
-def _uniform(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(1)) - 0.5
-
-
-def _compared(what: str, ours: list[Tensor], theirs: list[Tensor]) -> Outcome:
-    """The largest difference between two lists of tensors, as a share of each tensor's largest value."""
-    pairs = zip(ours, theirs, strict=True)
-    error = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()  # NaN if there is one
-    return error <= TOLERANCE, f"{what} differ by {error:.1e} of the largest, allowed {TOLERANCE:.0e}"
+    return decoder.logits(decoder(tokens(40), torch.arange(40), (40,)))
