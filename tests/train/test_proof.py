@@ -58,11 +58,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "pruned, streamed": {"fit": "prune", "prune_ratio": 0.5, "resident_layers": 4, "stream_order": "micro-batch"},
 }
 GRID = list(itertools.product(MODELS, WAYS, (512, 2048, 8192), ("adamw", "adamw8bit")))
-# Every model with every way, lengths and optimizers in turn: what CI has time for.
+# Every way with two of the three models, lengths and optimizers in turn: what CI has time for.
 COVER = [
     (m, w, (512, 2048, 8192)[(i + j) % 3], ("adamw", "adamw8bit")[j % 2])
     for i, m in enumerate(MODELS)
     for j, w in enumerate(WAYS)
+    if (i + 2 * j) % 3 < 2
 ]
 
 
