@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from study.bench import Bench, alpaca, gsm8k
+from study.measured import machine
 from study.record import put_between_marks
 
 TEXTS = {
@@ -47,6 +48,7 @@ def main() -> None:
     study: dict[str, Any] = {**shape, "base": {}, "runs": []}
     if path.exists() and (before := json.loads(path.read_text())).items() >= shape.items():
         study = before
+    here = machine()
     for name in ["gsm8k"] if asked.quick else TEXTS:
         train, test = TEXTS[name](data)
         bench = Bench(data / "models/stories3M", train, test, 10 if asked.quick else 150, ROWS, LENGTH)
@@ -55,6 +57,7 @@ def main() -> None:
             started = time.time()
             made = bench.tune(steps, **{key: value for key, value in arm.items() if key != "text"})
             study["runs"].append({**arm, "loss": made})
+            study["machine"] = here
             path.write_text(json.dumps(study, indent=1) + "\n")
             print(f"{name} {arm}: {made:.4f}, {time.time() - started:.0f} s", flush=True)
     report = table(study)
@@ -70,11 +73,11 @@ def _arms(runs: list[Run], text: str, seeds: int, rates: Sequence[float]) -> Ite
         for lr in rates:
             for method in ("lora", "full"):
                 yield from _missing(runs, {"text": text, "seed": seed, "method": method, "lr": lr})
-            for interval in INTERVALS if seed == 0 else [_interval(runs, text)]:
+            for interval in INTERVALS if seed == 0 else [interval_of(runs, text)]:
                 arm = {"text": text, "seed": seed, "method": "lisa", "lr": lr, "lisa_interval": interval}
                 yield from _missing(runs, arm)
-    interval = _interval(runs, text)
-    lr = _best(runs, {"text": text, "method": "lisa", "lisa_interval": interval})[0]
+    interval = interval_of(runs, text)
+    lr = best(runs, {"text": text, "method": "lisa", "lisa_interval": interval})[0]
     for rank in RANKS:
         for seed in range(seeds):
             arm = {"text": text, "seed": seed, "method": "lisa-delta", "lr": lr, "lisa_interval": interval}
@@ -86,13 +89,13 @@ def _missing(runs: list[Run], arm: Run) -> Iterator[Run]:
         yield arm
 
 
-def _interval(runs: list[Run], text: str) -> int:
+def interval_of(runs: list[Run], text: str) -> int:
     """LISA's best interval on the first seed, each at its best rate."""
     first = [run for run in runs if (run["text"], run["seed"], run["method"]) == (text, 0, "lisa")]
     return int(min(first, key=lambda run: run["loss"])["lisa_interval"])
 
 
-def _best(runs: list[Run], arm: Run) -> tuple[float, list[float]]:
+def best(runs: list[Run], arm: Run) -> tuple[float, list[float]]:
     """The rate of the lowest mean loss of ``arm``, and the losses at it by seed."""
     by_rate: dict[float, list[float]] = {}
     for run in runs:
@@ -106,17 +109,17 @@ def table(study: Mapping[str, Any]) -> str:
     lines = ["| text | arm | lr | test loss | spread | share of LoRA's gain | seeds |", "|---|---|---|---|---|---|---|"]
     runs = study["runs"]
     for text, base in study["base"].items():
-        interval = _interval(runs, text)
+        interval = interval_of(runs, text)
         arms = {
             "LoRA, rank 8": {"method": "lora"},
             "full": {"method": "full"},
             f"LISA, 2 layers, every {interval} steps": {"method": "lisa", "lisa_interval": interval},
             **{f"lisa-delta, rank {rank}": {"method": "lisa-delta", "lora_r": rank} for rank in RANKS},
         }
-        lora = base - mean(_best(runs, {"text": text, "method": "lora"})[1])
+        lora = base - mean(best(runs, {"text": text, "method": "lora"})[1])
         lines.append(f"| {text} | untrained | | {base:.4f} | | | |")
         for name, arm in arms.items():
-            lr, losses = _best(runs, {"text": text, **arm})
+            lr, losses = best(runs, {"text": text, **arm})
             spread, share = f"{min(losses):.4f} to {max(losses):.4f}", (base - mean(losses)) / lora
             lines.append(f"| {text} | {name} | {lr:g} | {mean(losses):.4f} | {spread} | {share:.2f} | {len(losses)} |")
     return "\n".join(lines)

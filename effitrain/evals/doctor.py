@@ -209,7 +209,8 @@ def _pinned() -> Outcome:
     started = time.perf_counter()
     there.copy_(host, non_blocking=True)
     torch.cuda.synchronize()
-    return True, f"{format_bytes(PINNED)} in place, {PINNED / 1e9 / (time.perf_counter() - started):.1f} GB/s to the card"
+    speed = PINNED / 1e9 / (time.perf_counter() - started)
+    return True, f"{format_bytes(PINNED)} in place, {speed:.1f} GB/s to the card"
 
 
 def _safetensors() -> Outcome:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads, load of the last minute, and the versions that decide results; asked before measuring."""
+    """Day, processor, threads, load of the last minute, versions that decide results; asked before measuring."""
     import torch
 
     from effitrain.report.files import versions
 
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return {
+        "date": date.today().isoformat(),
         "cpu": next((line.partition(": ")[2] for line in lines if "model name" in line), "unknown"),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

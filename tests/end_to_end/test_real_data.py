@@ -53,7 +53,9 @@ def test_a_real_model_learns_from_real_instructions(effitrain, data_dir, tmp_pat
     answer = effitrain("run", "--model", base, "--dataset", data_dir / file, *flags, "--lr", 2e-3, "-o", out)
     assert answer.code == 0, answer.err
     loss = json.loads((out / "report.json").read_text())["loss"]
-    assert loss["eval_after"] <= (1 - share) * loss["eval_before"], loss
+    fall = 1 - loss["eval_after"] / loss["eval_before"]
+    print(f"{lesson}: {loss['eval_before']:.3f} to {loss['eval_after']:.3f}, {fall:.3f} less")
+    assert fall >= share
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Each trial of a training step fails when the mistake it looks for is made; that they pass is tested with the others."""
+"""Each trial of a training step fails when the mistake it looks for is made; ``test_trials`` sees that they pass."""
 
 import pytest
 import torch

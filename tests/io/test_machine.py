@@ -65,7 +65,7 @@ def test_cards_that_stay_idle_are_told(smi, monkeypatch, visible, count, seen):
     smi(f"echo 'NVIDIA A40, 24564, 23000, {count}'")
     told = [notice for notice in find_budget(recipe()).notices if "one card" in notice]
     assert len(told) == (seen > 1)
-    assert not told or told[0].startswith(f"{seen} cards are here. effitrain uses one card") and "A40" in told[0]
+    assert not told or (told[0].startswith(f"{seen} cards are here. effitrain uses one card") and "A40" in told[0])
 
 
 @pytest.mark.parametrize("visible", ["", "-1"])

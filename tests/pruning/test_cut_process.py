@@ -60,6 +60,7 @@ def test_cutting_the_1b_shape_takes_the_memory_of_a_few_tensors(layers, vocab, m
     """``most`` GiB of resident memory above what the process has after its imports."""
     done = cut("llama-3.2-1b", layers, vocab, tmp_path / "small", form=form)
     assert done.returncode == 0, done.stderr
+    print(f"{layers} layers, {form}: {int(done.stdout) / 1024:.0f} MiB")
     assert int(done.stdout) < most * 2**20  # KiB
 
 
