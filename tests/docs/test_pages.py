@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide"
-PAGES = [*sorted(GUIDE.glob("*.md")), GUIDE.parent / "long_context.md"]
+PAGES = [*sorted({*GUIDE.glob("*.md")} - {GUIDE / "README.md"}), GUIDE.parent / "long_context.md"]
 _BLOCK = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _NUMBER = r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?"
 _LOOSE = re.compile(rf"({_NUMBER}|\.\.\.)")
@@ -82,6 +82,11 @@ def test_page_runs_as_it_reads(page, execute):
             said = execute(block)
         elif block.kind == "text":
             assert shows(said, block.text), f"{page.name} shows\n{block.text}\nand the command prints\n{said}"
+
+
+def test_the_guide_lists_its_pages():
+    listed = re.findall(r"\]\(([^)]+)\)", (GUIDE / "README.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(page.name for page in GUIDE.glob("*.md") if page.name != "README.md")
 
 
 def test_a_page_that_shows_something_else_fails():
