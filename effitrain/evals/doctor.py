@@ -18,7 +18,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from effitrain.core.system import unsupported
+from effitrain.core.system import ONE_CARD, unsupported
 from effitrain.core.units import format_bytes
 from effitrain.io.machine import card, free_host_bytes
 
@@ -129,9 +129,10 @@ def _cuda() -> Outcome:
     free, total = torch.cuda.mem_get_info()
     major, minor = torch.cuda.get_device_capability()
     bf16 = "bf16" if major >= 8 else "no bf16 before Ampere, fp16 is used"
+    idle = f"; {found.idle + 1} cards are here, and {ONE_CARD}" if found and found.idle else ""
     return True, (
         f"{torch.cuda.get_device_name()} (sm_{major}{minor}, {bf16}), driver {_driver()}, CUDA {torch.version.cuda}, "
-        f"{format_bytes(free)} free of {format_bytes(total)}"
+        f"{format_bytes(free)} free of {format_bytes(total)}{idle}"
     )
 
 

@@ -7,9 +7,9 @@ from statistics import mean
 from typing import Any
 
 import study_lisa
-import study_loram
 import study_loraprune
 from memory_table import HOST, budget
+from study_loram import shares as loram_shares
 
 from effitrain.core.plan import Plan, make_plan
 from effitrain.core.presets import find_preset
@@ -98,7 +98,7 @@ def resident_layers(plan: Plan) -> int:
 
 def loram_share(parts: str, align: str, ratio: float) -> Any:
     """A function from the LoRAM study to the mean share of the gain, by Wanda's score."""
-    return lambda known: mean(study_loram.shares(known["runs"])[parts, "wanda", align, ratio])
+    return lambda known: mean(loram_shares(known["runs"])[parts, "wanda", align, ratio])
 
 
 def perplexity(known: Any, method: str, ratio: float = 0.5) -> float:

@@ -123,6 +123,9 @@ def test_card(monkeypatch, capability, says):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some card")
     monkeypatch.setattr(doctor, "_driver", lambda: "570.1")
+    monkeypatch.setattr(doctor, "card", lambda: Card("Some card", 24 * 2**30, 20 * 2**30, idle=1))
+    assert "2 cards are here" in doctor._cuda()[1]
+    monkeypatch.setattr(doctor, "card", lambda: None)
     ok, detail = doctor._cuda()
     assert ok is True and says in detail and "20.0 GiB free of 24.0 GiB" in detail and "driver 570.1" in detail
 

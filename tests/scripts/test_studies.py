@@ -1,9 +1,11 @@
-"""The pruning studies: single runs of them, their records, and the tables in the docs. ``slow``: their short forms."""
+"""The studies: single runs of them, their records, and the tables in the docs; ``test_results`` has their bounds.
+
+``slow``: the short forms of whole studies.
+"""
 
 import importlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 from functools import partial
@@ -36,28 +38,12 @@ def test_the_docs_show_what_longlora_measured(script):
     bench = json.loads((ROOT / "benchmarks/s2.json").read_text())
     assert f"<!-- study_longlora -->\n{script('study_longlora').table(runs)}\n<!-- /study_longlora -->" in page
     assert f"<!-- bench_s2 -->\n{script('bench_s2').table(bench)}\n<!-- /bench_s2 -->" in page
-    assert bench["one row"]["attention_ratio"] <= 0.4
-    losses = {run["arm"]: run["losses"] for run in runs}
-    last = {arm: sum(of[6:]) / 2 for arm, of in losses.items()}
-    assert last["untouched"] > losses["untouched"][1] + 1  # past its length the model is of no use
-    assert last["trained, s2"] <= 1.03 * losses["trained, s2"][1]
-    assert last["trained, s2"] <= 1.02 * last["trained, full attention"]
 
 
 def test_the_docs_show_what_lisa_measured(script):
-    """The table, that a low-rank delta keeps nine tenths of the gain, and that LISA's step takes little memory."""
     study, page = json.loads((ROOT / "docs/study_lisa.json").read_text()), (ROOT / "docs/lisa.md").read_text()
-    made = script("study_lisa")
-    assert f"<!-- study_lisa -->\n{made.table(study)}\n<!-- /study_lisa -->" in page
-    for text, base in study["base"].items():
-        interval = {"lisa_interval": made.interval_of(study["runs"], text)}
-        whole, delta = (
-            base - statistics.mean(made.best(study["runs"], {"text": text, **arm})[1])
-            for arm in ({"method": "lisa", **interval}, {"method": "lisa-delta", "lora_r": 64})
-        )
-        assert delta >= 0.9 * whole
+    assert f"<!-- study_lisa -->\n{script('study_lisa').table(study)}\n<!-- /study_lisa -->" in page
     sides = json.loads((ROOT / "benchmarks/lisa.json").read_text())["sides"]
-    assert sides["lisa"]["step_peak_bytes"] <= 1.1 * sides["lora"]["step_peak_bytes"]
     for side in ("lisa-lora", "lisa", "lisa-delta, rank 64", "lisa, embeddings too", "full"):
         assert f"| {sides[side]['memory_of_lora']:.2f} |" in page
 
