@@ -69,7 +69,7 @@ def train_model(
         scores.add("before")
     watch = StreamWatch(job.decoder.streamer, the_plan, meter.device)
     saver = _saver(job, recipe, folder)
-    with StopOnSignal(saver) as stop:
+    with saver, StopOnSignal(saver) as stop:
         events.training(state.step, job.course.steps)
         first = [Calls(pruner.after_backward, pruner.after_step)] if pruner else []
         turns = [job.lisa] if job.lisa else []

@@ -47,7 +47,7 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script; exits with 0, 2 (bad input), 3 (nothing fits), 130 (interrupted) or 1."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said aloud, so that no fork brings a warning
     try:
         check_system()
         code = cli.main(args, prog_name="effitrain", standalone_mode=False)

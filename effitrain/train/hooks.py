@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from effitrain.core.errors import InputError, Interrupted
 from effitrain.io.atomic import write_text
-from effitrain.train.state import TrainState, save_checkpoint
+from effitrain.train.state import TrainState, snapshot, write_checkpoint
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ class MetricsFile(Hook):
 
 
 class Checkpoints(Hook):
-    """Saves every ``every`` steps and at the last one."""
+    """Saves every ``every`` steps and at the last one: a copy is taken at once, and written while training goes on.
+
+    Used as a context, which ends when the last one is on the disk.
+    """
 
     def __init__(
         self,
@@ -72,13 +76,40 @@ class Checkpoints(Hook):
     ):
         self.folder, self.trainable, self.optimizer = folder, trainable, optimizer
         self.every, self.keep, self.steps = every, keep, steps
+        self._writer = ThreadPoolExecutor(1, "effitrain checkpoints")
+        self._writing: Future[Path] | None = None
 
-    def save(self, state: TrainState) -> Path:
-        """Save now."""
-        return save_checkpoint(self.folder, state, self.trainable, self.optimizer, self.keep)
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._writer.shutdown()
+        if kind is None:
+            self.wait()
+
+    def wait(self) -> Path | None:
+        """The checkpoint that was being written, once it is on the disk; None where none was.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        return writing.result() if writing else None
+
+    def save(self, state: TrainState) -> None:
+        """Save now, when the one before is written: never is more than one copy held."""
+        self.wait()
+        taken = snapshot(state, self.trainable, self.optimizer)
+        self._writing = self._writer.submit(write_checkpoint, self.folder, taken, self.keep)
 
     def after_step(self, state: TrainState, record: StepRecord) -> None:
-        """Save when it is time."""
+        """Save when it is time.
+
+        Raises:
+            InputError: the one before could not be written.
+        """
+        if self._writing is not None and self._writing.done():
+            self.wait()
         if state.step % self.every == 0 or state.step == self.steps:
             self.save(state)
 
@@ -112,7 +143,8 @@ class StopOnSignal(Hook):
             Interrupted: after saving.
         """
         if self.asked:
-            saved = self.checkpoints.save(state)
+            self.checkpoints.save(state)
+            saved = self.checkpoints.wait()
             raise Interrupted(
                 f"Stopped after step {state.step}; saved {saved}.", next_step="The same command goes on from there."
             )

@@ -40,28 +40,47 @@ class TrainState:
     round_bytes: list[int] = field(default_factory=list)
 
 
-def save_checkpoint(
-    folder: Path,
-    state: TrainState,
-    trainable: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    keep: int,
-) -> Path:
-    """Write ``folder/step-N`` and remove all but the newest ``keep``.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, in host memory of its own: training may go on while it is written.
+
+    Attributes:
+        step: steps done.
+        trainable: by name.
+        optimizer: the tensors of its state, by path.
+        facts: the rest, as JSON values.
+    """
+
+    step: int
+    trainable: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def snapshot(state: TrainState, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Snapshot:
+    """A copy of all that resuming needs.
 
     Args:
-        folder: of the checkpoints.
-        state: step N.
+        state: where training stands.
         trainable: by name.
         optimizer: its parameters in the order of ``trainable``, which may hold more tensors behind them.
-        keep: how many stay.
     """
-    target = folder / f"step-{state.step}"
     tensors, scalars = _split(optimizer.state_dict()["state"])
+    weights = {name: _host_copy(tensor) for name, tensor in trainable.items()}
+    return Snapshot(state.step, weights, tensors, {**asdict(state), "optimizer": scalars})
+
+
+def write_checkpoint(folder: Path, taken: Snapshot, keep: int) -> Path:
+    """Write ``folder/step-N`` and remove all but the newest ``keep``.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    target = folder / f"step-{taken.step}"
     with atomic_folder(target) as tmp:
-        write_safetensors(tmp / "trainable.safetensors", {name: p.detach().cpu() for name, p in trainable.items()}, {})
-        write_safetensors(tmp / "optimizer.safetensors", tensors, {})
-        write_json(tmp / "state.json", {**asdict(state), "optimizer": scalars})
+        write_safetensors(tmp / "trainable.safetensors", taken.trainable, {})
+        write_safetensors(tmp / "optimizer.safetensors", taken.optimizer, {})
+        write_json(tmp / "state.json", taken.facts)
         write_manifest(tmp)
     remove_stale(folder)
     for old in checkpoints(folder)[:-keep]:
@@ -147,10 +166,14 @@ def _split(state: Mapping[Any, Any], path: str = "") -> tuple[dict[str, Tensor],
             tensors |= below[0]
             scalars |= below[1]
         elif isinstance(value, Tensor):
-            tensors[here] = value.detach().cpu().contiguous().clone()
+            tensors[here] = _host_copy(value)
         else:
             scalars[here] = value
     return tensors, scalars
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _join(leaves: Mapping[str, Any]) -> dict[int, Any]:

@@ -162,18 +162,3 @@ def last_quarter(arm: str, over: str = "", at: int | None = None) -> Any:
         return mean(losses[arm][6:]) / other - 1
 
     return off
-
-
-def files_to_the_step() -> int:
-    """Files that README names from the command to the training step, which all must be there.
-
-    Raises:
-        ValueError: one is not.
-    """
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    told = re.search(r"Ten minutes: (.*?`effitrain/train/loop.py`)", text, re.DOTALL)
-    files = re.findall(r"`([^`]+)`", told[1]) if told else []
-    missing = [file for file in files if not (ROOT / file).is_file()]
-    if missing or not files:
-        raise ValueError(f"README leads through {', '.join(missing) or 'no files'}")
-    return len(files)

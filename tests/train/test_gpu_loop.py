@@ -16,7 +16,7 @@ from effitrain.train.loop import Course, accumulate, train
 from effitrain.train.memory import Meter
 from effitrain.train.optim import make_optimizer
 from effitrain.train.probe import probe
-from effitrain.train.state import TrainState, load_checkpoint, save_checkpoint
+from effitrain.train.state import TrainState, load_checkpoint, snapshot, write_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -129,7 +129,7 @@ def test_a_checkpoint_brings_everything_back(tiny_model, tmp_path, name, rank):
     decoder, clock, trainable = _model(tiny_model("llama"), r=rank)
     optimizer = make_optimizer(name, trainable.values(), 3e-3, 0.0)
     _train(decoder, clock, optimizer, steps=3)
-    folder = save_checkpoint(tmp_path, TrainState(3), trainable, optimizer, 2)
+    folder = write_checkpoint(tmp_path, snapshot(TrainState(3), trainable, optimizer), 2)
     again, clock_again, trainable_again = _model(tiny_model("llama"), r=rank)
     resumed = make_optimizer(name, trainable_again.values(), 3e-3, 0.0)
     load_checkpoint(folder, trainable_again, resumed)

@@ -7,7 +7,7 @@ from torch import nn
 from effitrain.core.errors import InputError
 from effitrain.train.optim import make_optimizer, set_lr
 from effitrain.train.schedule import learning_rate
-from effitrain.train.state import TrainState, checkpoints, load_checkpoint, save_checkpoint
+from effitrain.train.state import TrainState, checkpoints, load_checkpoint, snapshot, write_checkpoint
 
 
 def _toy(name):
@@ -31,7 +31,7 @@ def test_resuming_is_bit_identical(tmp_path, name):
     trainable, optimizer = _toy(name)
     _steps(trainable, optimizer, range(4))
     state = TrainState(4, 100, 1.5, 3.0, 2.0)
-    save_checkpoint(tmp_path, state, trainable, optimizer, keep=2)
+    write_checkpoint(tmp_path, snapshot(state, trainable, optimizer), 2)
     _steps(trainable, optimizer, range(4, 8))
 
     again, other = _toy(name)
@@ -43,7 +43,7 @@ def test_resuming_is_bit_identical(tmp_path, name):
 def test_only_the_newest_are_kept(tmp_path):
     trainable, optimizer = _toy("adamw")
     for step in (1, 2, 10, 11):
-        save_checkpoint(tmp_path, TrainState(step), trainable, optimizer, keep=2)
+        write_checkpoint(tmp_path, snapshot(TrainState(step), trainable, optimizer), 2)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-10", "step-11"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-10", "step-11"]
 
@@ -52,7 +52,7 @@ def test_only_the_newest_are_kept(tmp_path):
 def test_damage_is_named(tmp_path, file):
     trainable, optimizer = _toy("adamw")
     _steps(trainable, optimizer, range(2))
-    folder = save_checkpoint(tmp_path, TrainState(2), trainable, optimizer, 2)
+    folder = write_checkpoint(tmp_path, snapshot(TrainState(2), trainable, optimizer), 2)
     data = bytearray((folder / file).read_bytes())
     data[len(data) // 2] ^= 1
     (folder / file).write_bytes(data)
@@ -62,7 +62,7 @@ def test_damage_is_named(tmp_path, file):
 
 def test_checkpoints_of_another_run_are_refused(tmp_path):
     trainable, optimizer = _toy("adamw")
-    folder = save_checkpoint(tmp_path, TrainState(1), trainable, optimizer, 2)
+    folder = write_checkpoint(tmp_path, snapshot(TrainState(1), trainable, optimizer), 2)
     other = {"a": nn.Parameter(torch.zeros(2, 2))}
     with pytest.raises(InputError, match="other trainable tensors"):
         load_checkpoint(folder, other, make_optimizer("adamw", other.values(), 1e-3, 0.0))
