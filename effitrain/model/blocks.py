@@ -1,7 +1,7 @@
 """The parts of a decoder layer in whose place transformers' stand: attention around our projections, and norms.
 
-On the CPU they compute what transformers computes, bit for bit. Where Triton runs, a block's projections are one
-function and the rest are our kernels.
+On the CPU they compute what transformers computes, bit for bit; gradients may round otherwise. Where Triton runs, a
+block's projections are one function and the rest are our kernels.
 
 Shapes: B rows, T tokens, H hidden size, Hq and Hkv heads, D head dimension.
 """
