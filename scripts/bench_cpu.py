@@ -8,8 +8,9 @@ CPU second: they count the time this process computed and not the time it waited
 The model is a random Llama of about 125M parameters in float32, the data random tokens with the first half of every
 sample masked, the adapter rank 16 on all linears. Weights, adapter start, data, order, optimizer and rates are the same
 on all sides. Each side runs in a process of its own, the sides take turns, and medians over the repeats are reported.
-Step memory is the peak of tracked tensor storages during one later step, weights and optimizer states included,
-measured by the same tracker on all sides.
+Two later steps are not timed. One is profiled: time in matrix products and in attention, where all sides call the same
+functions, and the rest; ``at_most`` is how much faster than the peer a side would be if its rest took no time. During
+the other, the peak of tracked tensor storages is taken by one tracker, weights and optimizer states included.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,13 +39,15 @@ SHAPE = {
 LENGTH, BATCH, RANK, ALPHA, LR = 512, 4, 16, 32, 1e-3
 SIDES = ("trainer_peft", "effitrain", "effitrain_recompute")
 SPEEDS = ("tokens_per_second", "tokens_per_cpu_second")
+PRODUCTS = {f"aten::{name}" for name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_")}
+UNTIMED = 2  # steps at the beginning of a run; the last two are profiled and tracked
 
 
 def main() -> None:
     """Parse the command line; a side measures itself, otherwise all are compared."""
     parser = measured.arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="steps of a run; the first two are not timed")
+    parser.add_argument("--steps", type=int, default=7, help="steps of a run, of which four are not timed")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -73,30 +77,31 @@ def _compare(work: Path, args: argparse.Namespace) -> dict:
         side: {
             **{speed: statistics.median(r[speed] for r in found) for speed in SPEEDS},
             **{f"{speed}_of_repeats": [round(r[speed], 1) for r in found] for speed in SPEEDS},
+            "seconds_in": {
+                part: statistics.median(r["seconds_in"][part] for r in found) for part in found[0]["seconds_in"]
+            },
             "step_peak_bytes": found[0]["step_peak_bytes"],
             "losses": found[0]["losses"],
         }
         for side, found in runs.items()
     }
-    peer = sides["trainer_peft"]
-    ratios = {
-        side: {
-            # Turns make pairs that met the same load, so the ratio of each turn is taken first.
-            **{
-                speed: statistics.median(
-                    ours[speed] / theirs[speed] for ours, theirs in zip(runs[side], runs["trainer_peft"], strict=True)
-                )
-                for speed in SPEEDS
-            },
-            "memory": sides[side]["step_peak_bytes"] / peer["step_peak_bytes"],
-            "largest_relative_loss_difference": max(
-                abs(a - b) / b for a, b in zip(sides[side]["losses"], peer["losses"], strict=True)
-            ),
-        }
-        for side in SIDES[1:]
-    }
+    ratios = {side: _ratios(runs[side], runs["trainer_peft"], sides[side], sides["trainer_peft"]) for side in SIDES[1:]}
     command = f"scripts/bench_cpu.py --repeats {args.repeats} --steps {args.steps} --layers {args.layers}"
     return {"command": command, "machine": machine, "ratios": ratios, "sides": sides}
+
+
+def _ratios(runs: list[dict], peer_runs: list[dict], side: dict, peer: dict) -> dict:
+    """Of a side to its peer. Turns make pairs that met the same load, so the ratio of each turn is taken first."""
+    pairs = list(zip(runs, peer_runs, strict=True))
+    spent = side["seconds_in"]
+    return {
+        **{speed: statistics.median(ours[speed] / theirs[speed] for ours, theirs in pairs) for speed in SPEEDS},
+        "at_most": sum(peer["seconds_in"].values()) / (spent["products"] + spent["attention"]),
+        "memory": side["step_peak_bytes"] / peer["step_peak_bytes"],
+        "largest_relative_loss_difference": max(
+            abs(a - b) / b for a, b in zip(side["losses"], peer["losses"], strict=True)
+        ),
+    }
 
 
 def _prepare(work: Path, layers: int) -> None:
@@ -138,39 +143,58 @@ def _decoder(work: Path):
 
 
 class Stopwatch:
-    """Times of single steps, and the tracked peak of the last one, which is therefore not timed."""
+    """Times of single steps; where the time of the last but one goes, and the tracked peak of the last."""
 
     def __init__(self, model, optimizer, steps: int):
         self.model, self.optimizer, self.steps = model, optimizer, steps
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
-        self.tracker = None
+        self.watcher = nullcontext()
+        self.seconds_in: dict[str, float] = {}
+        self.peak = 0
 
     def begin(self, step: int) -> None:
         """Step ``step`` (from 0) begins."""
-        from effitrain.train.memory import StorageTracker, model_tensors, optimizer_tensors
-
-        if step == self.steps - 1:
-            self.tracker = StorageTracker()
-            self.tracker.add([*model_tensors(self.model), *optimizer_tensors(self.optimizer)])
-            self.tracker.__enter__()
+        self.watcher = {self.steps - 2: self._profiled, self.steps - 1: self._tracked}.get(step, nullcontext)()
+        self.watcher.__enter__()
         self.started, self.cpu_started = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
         """The step has ended."""
-        if self.tracker is None:
-            self.seconds.append(time.perf_counter() - self.started)
-            self.cpu_seconds.append(time.process_time() - self.cpu_started)
-        else:
-            self.tracker.__exit__(None, None, None)
+        self.seconds.append(time.perf_counter() - self.started)
+        self.cpu_seconds.append(time.process_time() - self.cpu_started)
+        self.watcher.__exit__(None, None, None)
+
+    @contextmanager
+    def _profiled(self):
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            yield
+        spent = dict.fromkeys(("products", "attention", "rest"), 0.0)
+        for event in profiler.key_averages():
+            part = "products" if event.key in PRODUCTS else "attention" if "scaled_dot" in event.key else "rest"
+            spent[part] += event.self_cpu_time_total / 1e6
+        self.seconds_in = spent
+
+    @contextmanager
+    def _tracked(self):
+        from effitrain.train.memory import StorageTracker, model_tensors, optimizer_tensors
+
+        tracker = StorageTracker()
+        tracker.add([*model_tensors(self.model), *optimizer_tensors(self.optimizer)])
+        with tracker:
+            yield
+        self.peak = tracker.peak
 
     def result(self, losses: list[float]) -> dict:
         """What a side reports."""
-        assert self.tracker is not None
+        timed = slice(UNTIMED, -2)
         return {
-            "tokens_per_second": BATCH * LENGTH / statistics.median(self.seconds[2:]),
-            "tokens_per_cpu_second": BATCH * LENGTH / statistics.median(self.cpu_seconds[2:]),
-            "step_peak_bytes": self.tracker.peak,
+            "tokens_per_second": BATCH * LENGTH / statistics.median(self.seconds[timed]),
+            "tokens_per_cpu_second": BATCH * LENGTH / statistics.median(self.cpu_seconds[timed]),
+            "seconds_in": self.seconds_in,
+            "step_peak_bytes": self.peak,
             "losses": [round(loss, 6) for loss in losses],
         }
 
