@@ -22,7 +22,6 @@ from study.figures import (
     STREAMED_70B,
     counted,
     delta_gain,
-    files_to_the_step,
     last_quarter,
     ledger_line,
     lisa_seeds,
@@ -288,7 +287,7 @@ F = [
     tested("a 70B at 32k tokens within 24 GiB, streamed", "fits",
            "core/test_plan.py::test_a_70b_at_32k_tokens_streams_within_24_gib_and_64_gib"),
     tested("new flags change something, contradictory ones are refused", "all",
-           "cli/test_flags.py::test_fields_that_change_the_training",
+           "cli/test_every_flag.py::test_the_flag_shows",
            "core/test_rules.py::test_what_cannot_both_be_had_for_long_context",
            "end_to_end/test_longlora.py::test_what_does_not_go_together_is_refused"),
 ]  # fmt: skip
@@ -298,7 +297,8 @@ G = [
          at_least(547, WHOLE), "matrix"),
     tested("a covering part of them", "all", "end_to_end/test_matrix.py::test_few_cells"),
     tested("every flag changes something or is refused", "all",
-           "cli/test_flags.py::test_every_field_has_its_place"),
+           "cli/test_every_flag.py::test_every_flag_of_every_verb_has_a_case_and_no_case_is_without_its_flag",
+           "cli/test_every_flag.py::test_the_flag_shows"),
     tested("the journeys of the guide, and the notebook, run as they read", "all",
            "docs/test_pages.py::test_page_runs_as_it_reads", "docs/test_walkthrough.py::test_every_cell_runs"),
     tested("this page and README are what the script makes", "to the letter",
@@ -309,8 +309,8 @@ G = [
            "test_house.py::test_no_circular_import"),
     tested("median file and function, lines", "120 and 12", "test_house.py::test_no_function_is_long"),
     tested("public docstrings complete", "all", "test_house.py::test_public_docstrings_are_complete"),
-    counted("files to read from the command to the training step", at_most(3, WHOLE), "README.md, How to read the code",
-            files_to_the_step),
+    tested("files of the reading order that lead from the command to the training step", "3",
+           "docs/test_names.py::test_three_files_lead_from_the_command_to_the_training_step"),
     of_file("aim: tokens/s over Trainer + peft", at_least(1.5, TIMES), CPU, "ratios/effitrain/tokens_per_second"),
 ]  # fmt: skip
 

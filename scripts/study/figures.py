@@ -1,6 +1,5 @@
 """The figures of ``results.py``: where each stands in the JSON of its study or benchmark, or how it is counted."""
 
-import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from statistics import mean
@@ -15,7 +14,7 @@ from effitrain.core.plan import Plan, make_plan
 from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
 from effitrain.core.spec import spec_from_config
-from study.promises import ROOT, Bound, Counted, Figure, OnCard, Row, Slow, Tested
+from study.promises import Bound, Counted, Figure, OnCard, Row, Slow, Tested
 
 GIB = 2**30
 STREAMED_70B = (

@@ -118,13 +118,3 @@ def test_cases_are_counted_in_the_source(script):
     assert of.cases("cli/test_bad_inputs.py", "TOO_SMALL") == 4
     with pytest.raises(ValueError, match="has no NOTHING"):
         of.cases("cli/test_bad_inputs.py", "NOTHING")
-
-
-def test_files_of_the_reading_order(script, monkeypatch, tmp_path):
-    figures = script("study.figures")
-    monkeypatch.setattr(figures, "ROOT", tmp_path)
-    (tmp_path / "a.py").touch()
-    for text, wrong in (("Ten minutes: `a.py`, `b.py`, `effitrain/train/loop.py`.", "b.py"), ("Read on.", "no files")):
-        (tmp_path / "README.md").write_text(text)
-        with pytest.raises(ValueError, match=wrong):
-            figures.files_to_the_step()
