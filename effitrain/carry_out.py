@@ -65,7 +65,7 @@ def _carry_out(
         events.note(f"{hub_id} at commit {base.remote.revision}; --model {hub_id}@REVISION takes another.")
     data = prepare_data(recipe, base.tokenizer(), chosen(recipe.max_seq_len))
     if not checkpoints(folder.path / "checkpoints"):
-        folder = folder.note(evals=[], positions=[])  # of a run of another recipe that never took a step
+        folder = folder.note(evals=[], positions=[], answers=[])  # of a run of another recipe that never took a step
     folder = _same_inputs(folder, data=data.fingerprint, model=base.fingerprint(), **code_of(recipe.method))
     events.data(data)
     device = torch.device(budget.device)

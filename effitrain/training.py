@@ -18,6 +18,7 @@ from effitrain.data.batches import Batches
 from effitrain.data.prepare import PreparedData
 from effitrain.evals.events import Events
 from effitrain.evals.perplexity import Evaluation
+from effitrain.evals.samples import Samples, choose, has_room
 from effitrain.evals.scores import Scores
 from effitrain.io.run_folder import RunFolder
 from effitrain.model.load import Base
@@ -64,7 +65,8 @@ def train_model(
     _prove_budget(job, expected, meter, evaluated)
 
     state = resume(recipe, folder.path / "checkpoints", job, events.note)
-    scores = _scores(job, recipe, the_plan, evaluated, folder, state, events, adapter)
+    samples = _samples(job, recipe, expected, budget, base, data) if adapter != "adapter-small" else None
+    scores = _scores(job, recipe, the_plan, evaluated, folder, state, events, adapter, samples)
     if not scores.points:
         scores.add("before")
     watch = StreamWatch(job.decoder.streamer, the_plan, meter.device)
@@ -85,6 +87,7 @@ def train_model(
         stream=stream,
         timeline=timeline,
         positions=scores.by_position(),
+        samples=scores.read(),
         lisa=job.lisa.facts(state) if job.lisa else None,
     )
 
@@ -170,7 +173,7 @@ def _pruner(job: Job, recipe: Recipe, the_plan: Plan, base: Base) -> LoRAPrune |
 
 def _scores(
     job: Job, recipe: Recipe, the_plan: Plan, evaluated: Batches, folder: RunFolder, state: TrainState, events: Events,
-    adapter: str,
+    adapter: str, samples: Samples | None,
 ) -> Scores:  # fmt: skip
     whose = "of the small model " if adapter == "adapter-small" else ""
     form = " (frozen layers in NF4)" if recipe.method == "lisa" and recipe.quant == "nf4" else ""  # not as it is saved
@@ -178,7 +181,19 @@ def _scores(
     def told(when: str, evaluation: Evaluation) -> None:
         events.evaluated(f"{whose}{when}{form}", evaluation)
 
-    return Scores(job.decoder, evaluated, folder, state, told, the_plan.settings.at_once)
+    return Scores(job.decoder, evaluated, folder, state, told, the_plan.settings.at_once, samples)
+
+
+def _samples(
+    job: Job, recipe: Recipe, expected: Plan, budget: MemoryBudget, base: Base, data: PreparedData
+) -> Samples | None:
+    """What the report shows answers to; None where layers stream, since each token would fetch them all once more, and
+    where answering would take more memory than training.
+    """
+    asked = choose(data.eval)
+    if not asked or job.decoder.streamer or not has_room(asked, base.spec, recipe, expected, budget):
+        return None
+    return Samples(job.decoder, base.tokenizer(), recipe.template, asked)
 
 
 def _saver(job: Job, recipe: Recipe, folder: RunFolder) -> Checkpoints:

@@ -12,10 +12,23 @@ def texts_at_once(spec: ModelSpec, recipe: Recipe, settings: Settings, budget: M
     weights and adapter and one layer at work; 0 where not even one has.
     """
     room = budget.gpu_bytes - gpu_bytes(resident_lines(spec, recipe, settings, budget))
-    at_work = max(_at_work(layer, spec, settings, tokens) for layer, _ in spec.shapes)
+    return max(0, (room - _busiest(spec, settings, tokens)) // _each(spec, settings, tokens))
+
+
+def generation_bytes(spec: ModelSpec, settings: Settings, tokens: int, texts: int) -> int:
+    """Bytes on the device that generating so many texts of ``tokens`` takes beside weights and adapter."""
+    logits = spec.vocab * (settings.width + 4)
+    return max(_busiest(spec, settings, tokens), logits) + texts * _each(spec, settings, tokens)
+
+
+def _each(spec: ModelSpec, settings: Settings, tokens: int) -> int:
+    """A text's keys, values and hidden states."""
     cached = sum(2 * _width(layer, "k_proj") * count for layer, count in spec.shapes)
-    each = tokens * (cached + spec.hidden) * settings.width
-    return max(0, (room - at_work) // each)
+    return tokens * (cached + spec.hidden) * settings.width
+
+
+def _busiest(spec: ModelSpec, settings: Settings, tokens: int) -> int:
+    return max(_at_work(layer, spec, settings, tokens) for layer, _ in spec.shapes)
 
 
 def _at_work(layer: LayerSpec, spec: ModelSpec, settings: Settings, tokens: int) -> int:

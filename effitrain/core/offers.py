@@ -32,7 +32,8 @@ class Alternative:
 def other_ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, chosen: Way) -> list[Alternative]:
     """The other ways: resident, streamed, and pruned at each ratio of the table, streamed too where it must."""
     found: dict[tuple[str, float | None], Way] = {}
-    for way in ways(spec, recipe.changed(fit="auto", prune_ratio=None, resident_layers=None), budget, chosen.work):
+    anew = recipe.changed(fit="auto", prune_ratio=None, resident_layers=None, small_model=None)
+    for way in ways(spec, anew, budget, chosen.work):
         known = found.setdefault((way.fit, way.prune_ratio), way)
         if way.fits and not known.fits:
             found[way.fit, way.prune_ratio] = way

@@ -50,7 +50,9 @@ class Report:
     ``tokens`` went through the model in ``seconds`` of training, evaluation not counted; ``adapter`` is the adapter's
     folder inside the run folder; ``stream``, ``prune`` and ``lisa`` are None where the run did none of it.
     ``positions``: of each bucket of positions ``start`` and ``end``, the ``tokens`` scored, and their loss ``before``
-    and ``after`` training; None where samples are short. ``rope``: how positions were scaled; None where they were not.
+    and ``after`` training; None where samples are short. ``samples``: a few prompts of the evaluation set, the answer
+    ``wanted``, and those ``before`` and ``after`` training; None where none were asked for. ``rope``: how positions
+    were scaled; None where they were not.
     """
 
     model: str
@@ -68,6 +70,7 @@ class Report:
     stream: Mapping[str, Any] | None = None
     prune: Mapping[str, Any] | None = None
     positions: Sequence[Mapping[str, Any]] | None = None
+    samples: Sequence[Mapping[str, str]] | None = None
     rope: Mapping[str, Any] | None = None
     lisa: Mapping[str, Any] | None = None
 

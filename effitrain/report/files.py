@@ -42,6 +42,7 @@ class Outcome:
         timeline: of the last streamed pass, in seconds.
         prune: what pruning and recovery did, for a run that pruned.
         positions: losses on the evaluation set by position, where its samples are long.
+        samples: prompts of the evaluation set, and their answers before and after training.
         rope: what ``rope_figures`` says, where positions were scaled.
         lisa: which layers were trained how often, and what they took, where layers took turns.
     """
@@ -56,6 +57,7 @@ class Outcome:
     timeline: Sequence[Span] = ()
     prune: Mapping[str, Any] | None = None
     positions: ByPosition | None = None
+    samples: Sequence[Mapping[str, str]] | None = None
     rope: Mapping[str, Any] | None = None
     lisa: Mapping[str, Any] | None = None
 
@@ -94,6 +96,7 @@ def _report(run: Outcome, adapter: str | None) -> Report:
         stream=run.stream,
         prune=run.prune,
         positions=run.positions.rows() if run.positions else None,
+        samples=run.samples,
         rope=run.rope,
         lisa=run.lisa,
     )

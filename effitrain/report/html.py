@@ -1,4 +1,6 @@
-"""The report of a run as one HTML page that needs nothing beside itself: no script, no link, the plot inside."""
+"""The report of a run as one HTML page that needs nothing beside itself: no script, no link, the plots inside. It is
+read on a phone as well: what is wider than the page scrolls by itself.
+"""
 
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,6 +8,7 @@ from html import escape
 from typing import Any
 
 from effitrain.core.units import format_bytes
+from effitrain.report.curves import curve
 from effitrain.report.style import PAGE
 
 PLACES = {"gpu": "On the device, at the peak", "host": "In host memory", "disk": "On disk"}
@@ -40,6 +43,8 @@ def render_report(
         _section(
             "Loss", _picture("Loss by step", loss_png) + _steps(metrics, bool(report["prune"] and report["adapter"]))
         ),
+        _section("Samples", _samples(report.get("samples") or ())),
+        _section("Training by step", _curves(metrics)),
         _section("Loss by position", _picture("Loss by position", positions_png) + _positions(report["positions"])),
         _section("Memory", _memory(report["memory"]) + _ledger(plan["ledger"])),
         _section("Plan", _list(plan.get("reasons", ())) + _pairs(plan.get("settings", {}))),
@@ -93,7 +98,26 @@ def _warnings(warnings: Iterable[str]) -> str:
 def _picture(alt: str, png: bytes | None) -> str:
     if png is None:
         return ""
-    return f'<img alt="{alt}" src="data:image/png;base64,{b64encode(png).decode()}">'
+    return f'<div class="wide"><img alt="{alt}" src="data:image/png;base64,{b64encode(png).decode()}"></div>'
+
+
+def _samples(samples: Iterable[Mapping[str, str]]) -> str:
+    """What the model answered before and after, beside what the data has; blank answers are said to be none."""
+    parts = (("wanted", "in the data"), ("before", "before training"), ("after", "after training"))
+    return "".join(
+        f'<div class="sample"><pre>{escape(sample["prompt"].strip())}</pre><dl>'
+        + "".join(f"<dt>{name}</dt><dd>{escape(sample[key].strip()) or '<i>nothing</i>'}</dd>" for key, name in parts)
+        + "</dl></div>"
+        for sample in samples
+    )
+
+
+def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
+    return (
+        curve(metrics, "Learning rate", "lr", lambda value: f"{value:.2e}")
+        + curve(metrics, "Tokens per second", "tokens_per_second", lambda value: f"{value:,.0f}")
+        + curve(metrics, "Device peak so far", "device_peak_bytes", lambda value: format_bytes(int(value)))
+    )
 
 
 def _steps(metrics: Sequence[Mapping[str, Any]], small: bool) -> str:
@@ -182,13 +206,13 @@ def _pairs(pairs: Mapping[str, object]) -> str:
         f"<tr><th>{escape(key.replace('_', ' '))}</th><td>{escape(_plain(key, value))}</td></tr>"
         for key, value in pairs.items()
     )
-    return f'<table class="pairs">{rows}</table>' if rows else ""
+    return f'<div class="wide"><table class="pairs">{rows}</table></div>' if rows else ""
 
 
 def _table(header: Sequence[str], rows: Iterable[Row]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _plain(key: str, value: object) -> str:

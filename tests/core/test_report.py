@@ -8,7 +8,7 @@ from effitrain.core.report import DataUse, Losses, Memory, Report
 
 KEYS = {
     *("model", "fit", "method", "steps", "tokens", "seconds", "tokens_per_second", "loss", "memory", "data"),
-    *("stream", "prune", "lisa", "positions", "rope", "adapter", "versions", "warnings"),
+    *("stream", "prune", "lisa", "positions", "samples", "rope", "adapter", "versions", "warnings"),
 }
 
 

@@ -15,7 +15,7 @@ PLAN_KEYS = {
 }
 REPORT_KEYS = {
     *("model", "fit", "method", "steps", "tokens", "seconds", "tokens_per_second", "loss", "memory", "data"),
-    *("stream", "prune", "lisa", "positions", "rope", "adapter", "versions", "warnings"),
+    *("stream", "prune", "lisa", "positions", "samples", "rope", "adapter", "versions", "warnings"),
 }
 METRICS_KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "device_peak_bytes"}
 
@@ -112,8 +112,8 @@ def test_what_it_prints(done):
     out, printed = done
     share = read(out / "report.json")["data"]["trained_share"]
     assert "40 samples (alpaca, template plain)" in printed and f"{share:.0%} trained" in printed
-    assert "fits. Peak" in printed and "«" in printed and "Evaluation loss before" in printed
-    assert printed.index("fits. Peak") < printed.index("trained") < printed.index("loss before")
+    assert "fits.\nPeak" in printed and "«" in printed and "Evaluation loss before" in printed
+    assert printed.index("fits.\nPeak") < printed.index("trained") < printed.index("loss before")
     assert printed.index("loss before") < printed.index("loss after") < printed.index("out/adapter")
 
 
@@ -143,7 +143,7 @@ def test_the_recipe_it_leaves_repeats_it(effitrain, out, tmp_path):
 
 def test_dry_run_plans_and_leaves_nothing(effitrain, command, tmp_path):
     answer = effitrain(*command, "--dry-run", "-o", tmp_path / "out")
-    assert answer.code == 0 and "fits. Peak" in answer.out and "Evaluation" not in answer.out
+    assert answer.code == 0 and "fits.\nPeak" in answer.out and "Evaluation" not in answer.out
     as_json = effitrain(*command, "--dry-run", "--json", "-o", tmp_path / "out")
     assert as_json.code == 0 and json.loads(as_json.out).keys() == PLAN_KEYS
     planned = effitrain(*command, "--dry-run", "--quiet", "--gpu", "rtx4090", "-o", tmp_path / "out")

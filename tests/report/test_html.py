@@ -3,10 +3,12 @@
 import base64
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
 from effitrain.report.html import STEP_ROWS, format_seconds, render_report
+from effitrain.report.style import PAGE
 
 PNG = b"\x89PNG not really"
 VOID = {"meta", "img", "br", "link", "input"}
@@ -184,3 +186,50 @@ def test_losses_by_position(report, plan):
     ]
     page = render_report(report, plan, metrics(2), PNG, None, PNG)
     assert "1,024 to 2,047 4,000 9.0000 2.1250" in text_of(page) and 'alt="Loss by position"' in page
+
+
+def test_samples_show_before_and_after(report, plan):
+    assert "Samples" not in render_report(report, plan, metrics(2), PNG)
+    report["samples"] = [{"prompt": "Say <b>\n", "wanted": "yes", "before": " \n", "after": "yes & no"}]
+    page = render_report(report, plan, metrics(2), PNG)
+    assert "Samples Say <b> in the data yes before training nothing after training yes & no" in text_of(page)
+
+
+def test_everything_that_a_run_can_have_is_there(report, plan):
+    """Loss, learning rate, memory predicted and measured, throughput, timeline, loss by position, samples."""
+    report["stream"] = {"streamed_layers": 60}
+    report["positions"] = [{"start": 0, "end": 1024, "tokens": 5000, "before": 2.5, "after": 2.25}]
+    report["samples"] = [{"prompt": "a", "wanted": "b", "before": "c", "after": "d"}]
+    lines = [{**line, "lr": 1e-4 * (1 + n), "tokens_per_second": 900.0 + n} for n, line in enumerate(metrics(40))]
+    html = render_report(report, plan, lines, PNG, PNG, PNG)
+    text, page = text_of(html), Page(html)
+    for part in ("Loss", "Samples", "Training by step", "Loss by position", "Memory", "Streaming"):
+        assert f"<h2>{part}</h2>" in html
+    for shown in ("Learning rate: 1.00e-04 to 4.00e-03", "Tokens per second: 900 to 939", "planned", "measured"):
+        assert shown in text
+    assert re.findall(r'alt="([^"]*)"', html) == ["Loss by step", "Loss by position", "Layers by time"]
+    assert page.tags.count("svg") == 3
+
+
+def test_curves_are_drawn_within_their_frame(report, plan):
+    lines = [{**line, "lr": value} for line, value in zip(metrics(1000), [0.0, 1e-3] * 500, strict=True)]
+    html = render_report(report, plan, lines, None)
+    assert html.count("<svg ") == html.count('<svg viewBox="0 0 600 90"') == 3
+    for points in re.findall(r'points="([^"]+)"', html):
+        pairs = [tuple(map(float, point.split(","))) for point in points.split()]
+        assert len(pairs) == 300 and pairs[0][0] == 6 and pairs[-1][0] == 594
+        assert all(a < b for (a, _), (b, _) in pairwise(pairs)) and all(0 < y < 90 for _, y in pairs)
+    assert "Device peak so far: 1.0 GiB in every step" in html
+
+
+def test_it_is_read_on_a_phone(report, plan):
+    """The width is the device's, what is wide scrolls by itself, and nothing else asks for a width of its own."""
+    report["stream"], report["warnings"] = {"streamed_layers": 60}, ["word " * 60]
+    html = render_report(report, plan, metrics(40), PNG, PNG, PNG)
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
+    for tag in ("table", "img"):
+        assert html.count(f"<{tag}") == len(re.findall(rf'<div class="wide"><{tag}', html)) > 0
+    narrow = PAGE.split("@media (max-width: 40rem)")[1]
+    assert ".wide { overflow-x: auto; }" in PAGE and "grid-template-columns: 1fr" in narrow
+    fixed = re.findall(r"([^{}]+)\{[^{}]*?[; {](?:min-)?width:\s*\d+(?:rem|em|px)", PAGE)
+    assert {selector.strip() for selector in fixed} <= {"img", ".track i", ".track b", ".stack i", ".legend i"}
