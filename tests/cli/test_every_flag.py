@@ -121,6 +121,7 @@ def workplace(effitrain, tiny_model, tmp_path_factory):
     place.root.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("effitrain.report.files.loss_png", lambda *drawn: b"")  # takes longer than the run
+        patch.setattr("effitrain.training.choose", lambda tokens: ())  # and so do answers
         patch.setattr("effitrain.evals.bench_step.in_processes", _timed)  # minutes
         patch.setitem(sys.modules, "wandb", SimpleNamespace(init=_tracked))
         patch.setattr("torch.cuda.is_available", lambda: False)
