@@ -28,7 +28,7 @@ header p, section p { margin: 0.25rem 0; color: var(--muted); }
 .warnings { background: var(--warn); border-radius: 8px; padding: 0.1rem 1rem 0.5rem; margin-top: 1.5rem; }
 .warnings h2 { margin: 0.5rem 0 0; border: 0; }
 .wide { overflow-x: auto; }
-img { display: block; width: 100%; min-width: 30rem; height: auto; }
+img { display: block; width: 100%; min-width: 26rem; height: auto; }
 figure { margin: 0.75rem 0; }
 figcaption { font-size: 0.9rem; color: var(--muted); }
 svg { display: block; width: 100%; height: auto; background: var(--soft); border-radius: 4px; }
@@ -62,5 +62,10 @@ ul { margin: 0.25rem 0 0.75rem; padding-left: 1.25rem; }
   .loss { font-size: 1.8rem; }
   .bar, .sample dl { grid-template-columns: 1fr; gap: 0.1rem; }
   .sample dd { margin-bottom: 0.3rem; }
+  .ledger thead { display: none; }
+  .ledger tr { display: grid; grid-template-columns: 1fr max-content; border-bottom: 1px solid var(--line); }
+  .ledger td { border: 0; padding: 0.2rem 0; }
+  .ledger td:nth-child(3) { grid-column: 1 / -1; padding-top: 0; }
+  .ledger td:first-child { white-space: normal; }
 }
 """
