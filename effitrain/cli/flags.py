@@ -68,7 +68,8 @@ def _option(name: str, field: FieldInfo, without: Container[str]) -> Callable[[A
 
 def _help(field: FieldInfo) -> str:
     shown = field.default if not isinstance(field.default, bool) else "on" if field.default else "off"
-    return f"{field.description}." + ("" if shown is None else f"  [{shown}]")
+    end = "" if str(field.description).endswith(".") else "."
+    return f"{field.description}{end}" + ("" if shown is None else f"  [{shown}]")
 
 
 def _metavar(name: str, field: FieldInfo, without: Container[str]) -> str:

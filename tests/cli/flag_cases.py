@@ -139,6 +139,7 @@ CASES = {
         **{flag: case._replace(dry=True) for flag, case in MEMORY.items()},
         **BOTH,
         **TRAINING,
+        "--small-model": Case("nowhere", PRUNED, said="There is no keep map nowhere"),
         "--prove": Case(),
         "--dry-run": Case(),
         "--json": Case(),
