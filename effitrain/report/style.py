@@ -10,7 +10,7 @@ PAGE = """\
     --paper: #16181c; --ink: #e6e8eb; --muted: #9aa3ad; --line: #30353c; --soft: #1f2329;
     --planned: #35587f; --measured: #4a94ea; --over: #e5655f; --warn: #3a3018;
   }
-  .wide img { filter: invert(0.91) hue-rotate(180deg); }
+  img { filter: invert(0.91) hue-rotate(180deg); }
 }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
