@@ -2,21 +2,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from shapes import preset
 
 from effitrain.core.budget import GIB, MemoryBudget
 from effitrain.core.cards import Rates
 from effitrain.core.choices import Choice, best, compute_dtype, leanest, list_choices, sequence_length
 from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
-from effitrain.core.spec import ModelSpec, spec_from_config
+from effitrain.core.spec import spec_from_config
 
 CPU = MemoryBudget(8 * GIB, 16 * GIB, 0, "cpu")
-
-
-def preset(name: str) -> ModelSpec:
-    found = find_preset(name)
-    assert found is not None
-    return spec_from_config(found.config, name)
 
 
 def cuda(size: int) -> MemoryBudget:

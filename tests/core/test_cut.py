@@ -3,18 +3,14 @@
 import random
 
 import pytest
+from shapes import preset
 
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.cut import cut_spec, cut_widths, default_exempt, default_multiple, small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.plan import for_tokens, make_plan, resolve
-from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
 from effitrain.core.spec import Widths, pruned_config, spec_from_config
-
-
-def preset(name):
-    return spec_from_config(find_preset(name).config, name)
 
 
 def small(**sizes):

@@ -3,19 +3,16 @@
 from typing import Any
 
 import pytest
+from shapes import preset
 
 from effitrain.core.budget import GIB, MemoryBudget
 from effitrain.core.plan import make_plan, resolve
-from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
-from effitrain.core.spec import spec_from_config
 
 
 @pytest.mark.parametrize("work", ["score", "chat"])
 def test_evaluation_and_chat_take_less_than_training_and_are_offered_their_own_flags(work: Any) -> None:
-    found = find_preset("llama-3.1-8b")
-    assert found is not None
-    spec = spec_from_config(found.config, "llama-3.1-8b")
+    spec = preset("llama-3.1-8b")
     recipe = make_recipe({"batch_size": 2, "max_seq_len": 4096, "dtype": "fp32"})
     roomy, tight = (MemoryBudget(size, 64 * GIB, GIB, "cuda") for size in (40 * GIB, 3 * GIB))
     used, trained = make_plan(spec, recipe, roomy, work), make_plan(spec, recipe, roomy)

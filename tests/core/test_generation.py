@@ -1,19 +1,17 @@
 from dataclasses import replace
 
+from shapes import preset
+
 from effitrain.core.budget import GIB, MemoryBudget
 from effitrain.core.generation import texts_at_once
 from effitrain.core.ledger import Settings
-from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
-from effitrain.core.spec import spec_from_config
 
 SETTINGS = Settings(8192, 1, 16, "bf16", "layer", True, "adamw", 2e-4)
 
 
 def count(tokens: int, gpu: int, settings: Settings = SETTINGS) -> int:
-    found = find_preset("llama-3.1-8b")
-    assert found is not None
-    spec = spec_from_config(found.config, "llama-3.1-8b")
+    spec = preset("llama-3.1-8b")
     return texts_at_once(spec, make_recipe({}), settings, MemoryBudget(gpu, 64 * GIB, GIB, "cuda"), tokens)
 
 

@@ -5,23 +5,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from shapes import preset
 
 from effitrain.core.budget import GIB, MemoryBudget
 from effitrain.core.ledger import LedgerLine, Settings, gpu_bytes
 from effitrain.core.memory import make_ledger, nf4_bytes, optimizer_bytes, saved_bytes
-from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
-from effitrain.core.spec import ModelSpec, spec_from_config
+from effitrain.core.spec import spec_from_config
 
 CUDA = MemoryBudget(24 * GIB, 64 * GIB, GIB, "cuda")
 CPU = MemoryBudget(24 * GIB, 64 * GIB, 0, "cpu")
 SETTINGS = Settings(512, 1, 16, "bf16", "layer", False, "adamw", 2e-4)
-
-
-def preset(name: str) -> ModelSpec:
-    found = find_preset(name)
-    assert found is not None
-    return spec_from_config(found.config, name)
 
 
 def ledger(

@@ -1,19 +1,16 @@
 """What a method trains, and its own defaults."""
 
 import pytest
+from shapes import preset
 
 from effitrain.core.budget import GIB, MemoryBudget
 from effitrain.core.plan import make_plan
-from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
-from effitrain.core.spec import spec_from_config
 
 
 def plan(model: str, **fields):
-    found = find_preset(model)
-    assert found is not None
     budget = MemoryBudget(80 * GIB, 64 * GIB, GIB, "cuda")
-    return make_plan(spec_from_config(found.config, model), make_recipe(fields), budget)
+    return make_plan(preset(model), make_recipe(fields), budget)
 
 
 def test_full_tuning_has_defaults_of_its_own() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import preset
 
 from effitrain.core.budget import GIB, MemoryBudget, card_bytes
 from effitrain.core.errors import BudgetError, InputError
 from effitrain.core.plan import Plan, make_plan, refusal, resolve
-from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
 from effitrain.core.spec import ModelSpec, spec_from_config
 
@@ -22,12 +22,6 @@ CONTRACT = {
     "micro_batch_tokens", "model", "ledger", "alternatives", "reasons", "proof", "tokens_per_second_estimate",
 }  # fmt: skip
 PLENTY = MemoryBudget(2**50, 2**50, GIB, "cuda")
-
-
-def preset(name: str) -> ModelSpec:
-    found = find_preset(name)
-    assert found is not None
-    return spec_from_config(found.config, name)
 
 
 def plan(

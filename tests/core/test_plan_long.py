@@ -3,20 +3,17 @@
 from typing import Any
 
 import pytest
+from shapes import preset
 
 from effitrain.core.budget import GIB, MemoryBudget
 from effitrain.core.errors import InputError
 from effitrain.core.plan import Plan, make_plan, resolve
-from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
-from effitrain.core.spec import spec_from_config
 
 
 def plan(gpu: int = 24 * GIB, **fields: Any) -> Plan:
-    found = find_preset("llama-3.1-8b")
-    assert found is not None
     budget = MemoryBudget(gpu, 64 * GIB, GIB, "cuda")
-    return make_plan(spec_from_config(found.config, "llama-3.1-8b"), make_recipe(fields), budget)
+    return make_plan(preset("llama-3.1-8b"), make_recipe(fields), budget)
 
 
 def test_shifted_groups_are_a_quarter_of_the_length_and_smaller_than_a_sample() -> None:

@@ -1,13 +1,12 @@
 """The estimate of speed: by hand for a 70B, and what it must obey."""
 
 import pytest
+from shapes import preset
 
 from effitrain.core.blobs import blob_bytes
 from effitrain.core.cards import CARDS, Rates, cpu_rates, find_card, rates_of
 from effitrain.core.ledger import Settings
-from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
-from effitrain.core.spec import ModelSpec, spec_from_config
 from effitrain.core.speed import step_time, tokens_per_second, tokens_to_hide
 
 RTX4090 = CARDS["rtx4090"].rates
@@ -16,12 +15,6 @@ RECIPE = make_recipe({})
 
 def settings(tokens: int = 4096, recompute: str = "layer", streamed: int = 0, on_disk: int = 0) -> Settings:
     return Settings(tokens, 1, 4, "bf16", recompute, False, "adamw", 2e-4, streamed, on_disk)  # type: ignore[arg-type]
-
-
-def preset(name: str) -> ModelSpec:
-    found = find_preset(name)
-    assert found is not None
-    return spec_from_config(found.config, name)
 
 
 def test_a_resident_70b_on_a_4090_is_within_a_tenth_of_the_published_count() -> None:

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from shapes import preset
 
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.cut import small_spec
 from effitrain.core.keep import KeepMap
 from effitrain.core.plan import make_plan
-from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
-from effitrain.core.spec import Axis, spec_from_config
+from effitrain.core.spec import Axis
 from effitrain.core.stages import NEEDS, stages
 from effitrain.data.batches import Batches
 from effitrain.data.tokenized import TokenSet
@@ -89,9 +89,7 @@ def test_alignment_takes_what_is_predicted_at_most(base, batches, align):
 
 
 def plan(budget, **fields):
-    preset = find_preset("llama-70b")
-    spec = spec_from_config(preset.config, "llama-70b")
-    return make_plan(spec, make_recipe({"fit": "prune", "prune_ratio": 0.85, **fields}), budget)
+    return make_plan(preset("llama-70b"), make_recipe({"fit": "prune", "prune_ratio": 0.85, **fields}), budget)
 
 
 def test_the_plan_tells_the_stages_and_refuses_what_does_not_fit():
@@ -115,6 +113,5 @@ def test_nothing_is_staged_for_a_small_model_that_is_there():
 
 
 def _pair(**fields):
-    preset = find_preset("llama-70b")
-    spec, recipe = spec_from_config(preset.config, "llama-70b"), asked(**fields)
+    spec, recipe = preset("llama-70b"), asked(**fields)
     return spec, small_spec(spec, recipe), recipe, HERE

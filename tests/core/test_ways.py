@@ -3,22 +3,19 @@
 from typing import Any
 
 import pytest
+from shapes import preset
 
 from effitrain.core.budget import GIB, MemoryBudget
 from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
-from effitrain.core.presets import find_preset
 from effitrain.core.recipe import make_recipe
-from effitrain.core.spec import spec_from_config
 from effitrain.core.ways import Way, ways
 
 BUDGET = MemoryBudget(24 * GIB, 64 * GIB, GIB, "cuda")
 
 
 def found(**fields: Any) -> list[Way]:
-    preset = find_preset("llama-3.1-8b")
-    assert preset is not None
-    return ways(spec_from_config(preset.config, "llama-3.1-8b"), make_recipe(fields), BUDGET)
+    return ways(preset("llama-3.1-8b"), make_recipe(fields), BUDGET)
 
 
 def names(**fields: Any) -> list[tuple[str, str, float | None]]:
@@ -43,9 +40,7 @@ def test_loraprune_trains_the_whole_model(fit: str) -> None:
 
 
 def test_what_is_no_training_takes_the_whole_model() -> None:
-    preset = find_preset("llama-70b")
-    assert preset is not None
-    spec = spec_from_config(preset.config, "llama-70b")
+    spec = preset("llama-70b")
     for fields, expected in (({}, ["resident", "stream"]), ({"resident_layers": 3}, ["stream"])):
         found = ways(spec, make_recipe(fields), BUDGET, "score")
         assert [way.fit for way in found] == expected
@@ -75,10 +70,7 @@ def test_contradictions_are_told(fields: dict[str, Any], words: str) -> None:
 
 
 def test_a_pruned_model_is_not_pruned_again() -> None:
-    preset = find_preset("llama-3.1-8b")
-    assert preset is not None
-    spec = spec_from_config(preset.config, "small")
-    spec = small_spec(spec, make_recipe({"fit": "prune", "prune_ratio": 0.5}))
+    spec = small_spec(preset("llama-3.1-8b"), make_recipe({"fit": "prune", "prune_ratio": 0.5}))
     assert {way.fit for way in ways(spec, make_recipe({}), BUDGET)} == {"resident", "stream"}
     with pytest.raises(InputError, match="pruned already"):
         ways(spec, make_recipe({"fit": "prune", "prune_ratio": 0.5}), BUDGET)

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from shapes import config_of, preset
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
 from effitrain.core.budget import GIB, MemoryBudget
 from effitrain.core.plan import Plan, make_plan, resolve
-from effitrain.core.presets import find_preset
 from effitrain.core.recipe import Recipe, make_recipe
-from effitrain.core.spec import spec_from_config
 from effitrain.evals.generate import generate_all
 from effitrain.model.load import find_base, load_model
 from effitrain.train import proof
@@ -33,14 +32,12 @@ def score(decoder: Any, recipe: Recipe, plan: Plan) -> None:
 
 def on_shapes(model: str, **fields: Any) -> tuple[int, int]:
     """Predicted and tracked bytes of scoring."""
-    found = find_preset(model)
-    assert found is not None
-    spec, recipe = spec_from_config(found.config, model), make_recipe(fields)
+    spec, recipe = preset(model), make_recipe(fields)
     plan = make_plan(spec, recipe, CUDA, "score")
     placement, full = placement_of(plan), resolve(recipe, plan)
     visits = tuple(placement is not None and layer in placement.streamed for layer in range(spec.num_layers))
     with proof._symbolic():
-        step = proof.Step(spec, found.config, full, "cuda", visits)
+        step = proof.Step(spec, config_of(model), full, "cuda", visits)
         decoder = proof._model(step)
         tracker = StorageTracker()
         if step.host_embedding:

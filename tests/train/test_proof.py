@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from shapes import config_of, preset
 
 from effitrain.core.budget import CUDA_OVERHEAD_BYTES, GIB, MemoryBudget
 from effitrain.core.plan import make_plan, resolve
-from effitrain.core.presets import find_preset
 from effitrain.core.recipe import Recipe, make_recipe
-from effitrain.core.spec import ModelSpec, spec_from_config
+from effitrain.core.spec import ModelSpec
 from effitrain.data.batches import MicroBatch
 from effitrain.data.tokenized import TokenSet
 from effitrain.model.load import find_base
@@ -67,12 +67,6 @@ COVER = [
 ]
 
 
-def preset(name: str) -> tuple[ModelSpec, dict[str, Any]]:
-    found = find_preset(name)
-    assert found is not None
-    return spec_from_config(found.config, name), dict(found.config)
-
-
 FULL = {
     "kept": {"recompute": "none"},
     "mlp": {"recompute": "mlp"},
@@ -86,7 +80,7 @@ FULL = {
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("model", ["llama-3.2-1b", "qwen2.5-7b"])  # tied, and not
 def test_full_tuning_is_predicted_too(model: str, device: str, way: str) -> None:
-    spec, config = preset(model)
+    spec, config = preset(model), config_of(model)
     budget = CUDA if device == "cuda" else replace(CUDA, device="cpu", overhead_bytes=0)
     recipe = make_recipe({"method": "full", "max_seq_len": 1024, "batch_size": 1, "optimizer": "adamw", **FULL[way]})
     proof = proved(make_plan(spec, recipe, budget), spec, config, recipe, device).proof
@@ -125,7 +119,7 @@ LISA: dict[str, tuple[str, dict[str, Any]]] = {
 def test_layers_by_turns_are_predicted_too(device: str, way: str) -> None:
     """With the layers trained that take most: the first, where the backward pass ends, and the last."""
     model, fields = LISA[way]
-    spec, config = preset(model)
+    spec, config = preset(model), config_of(model)
     budget = CUDA if device == "cuda" else replace(CUDA, device="cpu", overhead_bytes=0)
     fixed = {"max_seq_len": 1024, "batch_size": 1, "optimizer": "adamw", "stream_order": "micro-batch"}
     tables = {"lisa_train_embeddings": False} if fields["method"] == "lisa" else {}
@@ -135,7 +129,7 @@ def test_layers_by_turns_are_predicted_too(device: str, way: str) -> None:
 
 
 def error_of(model: str, way: str, tokens: int, optimizer: str) -> float:
-    spec, config = preset(model)
+    spec, config = preset(model), config_of(model)
     fields = {"max_seq_len": tokens, "batch_size": 1, "optimizer": optimizer, **WAYS[way]}
     recipe = make_recipe(fields)
     plan = make_plan(spec, recipe, CUDA if way != "in groups" else short_of(spec, recipe))
@@ -154,7 +148,7 @@ def test_predicted_peaks_are_within_three_percent_of_the_step_run_on_shapes(
 
 @pytest.mark.parametrize(("tokens", "most"), [(2048, 9.2), (8192, 12.0)])
 def test_a_streamed_70b_takes_what_is_promised(tokens: int, most: float) -> None:
-    spec, config = preset("llama-70b")
+    spec, config = preset("llama-70b"), config_of("llama-70b")
     fields = {"fit": "stream", "resident_layers": 0, "max_seq_len": tokens, "batch_size": 1, "optimizer": "adamw"}
     recipe = make_recipe({**fields, "stream_order": "micro-batch"})
     budget = replace(CUDA, overhead_bytes=CUDA_OVERHEAD_BYTES)
@@ -171,7 +165,7 @@ def test_every_combination(model: str, way: str, tokens: int, optimizer: str) ->
 
 @pytest.mark.parametrize("way", ["kept", "offloaded", "half streamed", "pruned"])
 def test_a_few_layers_tell_what_all_of_them_take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, config = preset("llama-3.2-1b")
+    spec, config = preset("llama-3.2-1b"), config_of("llama-3.2-1b")
     recipe = make_recipe({"max_seq_len": 512, "batch_size": 1, "optimizer": "adamw", **WAYS[way]})
     plan = make_plan(spec, recipe, CUDA)
     few = proved(plan, spec, config, recipe, "cuda").proof
@@ -197,7 +191,7 @@ def test_the_twin_of_the_8bit_optimizer_has_its_states(size: int) -> None:
 
 def test_no_logits_of_all_tokens_and_no_fp32_copy_of_a_frozen_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every storage of an 8B step at 8,192 tokens: none of tokens x vocabulary, none of a weight's size in fp32."""
-    spec, config = preset("llama-3.1-8b")
+    spec, config = preset("llama-3.1-8b"), config_of("llama-3.1-8b")
     sizes: set[tuple[int, torch.dtype]] = set()
 
     class Sizes(StorageTracker):
@@ -285,7 +279,7 @@ def test_the_same_of_a_hundred_million_parameters(way: str, tmp_path: Any) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("tiles", [1, 8])
 def test_a_70b_at_32k_tokens_is_proved_within_24_gib(tiles: int) -> None:
-    spec, config = preset("llama-3.1-70b")
+    spec, config = preset("llama-3.1-70b"), config_of("llama-3.1-70b")
     recipe = make_recipe({"max_seq_len": 32768, "batch_size": 1, "mlp_tiles": tiles})
     plan = make_plan(spec, recipe, MemoryBudget(24 * GIB, 64 * GIB, GIB * 12 // 10, "cuda"))
     assert plan.fits and plan.fit == "stream"
