@@ -6,7 +6,7 @@ learning rate and every random choice are functions of the step, so nothing else
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,12 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, in host memory of its own: training may go on while it is written.
+    """What a checkpoint holds, in host memory.
 
     Attributes:
         step: steps done.
-        trainable: by name.
-        optimizer: the tensors of its state, by path.
+        trainable: by name; those that train in host memory are the very tensors.
+        optimizer: the tensors of its state, copied, by path.
         facts: the rest, as JSON values.
     """
 
@@ -56,9 +56,18 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     facts: dict[str, Any]
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in (*self.trainable.values(), *self.optimizer.values()))
+
+    def copied(self) -> "Snapshot":
+        """The same in memory of its own: training may go on while it is written."""
+        return replace(self, trainable={name: tensor.clone() for name, tensor in self.trainable.items()})
+
 
 def snapshot(state: TrainState, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Snapshot:
-    """A copy of all that resuming needs.
+    """All that resuming needs.
 
     Args:
         state: where training stands.
@@ -66,7 +75,7 @@ def snapshot(state: TrainState, trainable: Mapping[str, Tensor], optimizer: torc
         optimizer: its parameters in the order of ``trainable``, which may hold more tensors behind them.
     """
     tensors, scalars = _split(optimizer.state_dict()["state"])
-    weights = {name: _host_copy(tensor) for name, tensor in trainable.items()}
+    weights = {name: tensor.detach().cpu() for name, tensor in trainable.items()}
     return Snapshot(state.step, weights, tensors, {**asdict(state), "optimizer": scalars})
 
 
@@ -166,14 +175,10 @@ def _split(state: Mapping[Any, Any], path: str = "") -> tuple[dict[str, Tensor],
             tensors |= below[0]
             scalars |= below[1]
         elif isinstance(value, Tensor):
-            tensors[here] = _host_copy(value)
+            tensors[here] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         else:
             scalars[here] = value
     return tensors, scalars
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _join(leaves: Mapping[str, Any]) -> dict[int, Any]:

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from samples import random_samples
 from torch import Tensor
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
 from effitrain.core.placement import Placement
 from effitrain.data.batches import Batches, MicroBatch
-from effitrain.data.tokenized import TokenSet
 from effitrain.model.decoder import Decoder, build
 from effitrain.model.load import fill, find_base, stream
 from effitrain.quant.read import DTYPES
@@ -85,13 +85,7 @@ def micro_batches() -> Callable[..., list[MicroBatch]]:
     """``micro_batches(count, vocab, rows, longest)``: random samples, the first third of each masked."""
 
     def make(count: int = 3, vocab: int = 200, rows: int = 2, longest: int = 30) -> list[MicroBatch]:
-        rng = np.random.default_rng(count)
-        samples = [rng.integers(3, vocab, rng.integers(5, longest)) for _ in range(count * rows)]
-        ids = np.concatenate(samples).astype(np.int32)
-        offsets, labels = np.cumsum([0, *map(len, samples)]), ids.copy()
-        for start, sample in zip(offsets, samples, strict=False):
-            labels[start : start + max(1, len(sample) // 3)] = -100
-        batches = Batches(TokenSet(ids, labels, offsets), rows, longest, False, 0)
+        batches = Batches(random_samples(count * rows, longest - 1, vocab, count), rows, longest, False, 0)
         return [batches.get(i) for i in range(count)]
 
     return make

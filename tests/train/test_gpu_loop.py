@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from samples import random_samples
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
 from effitrain.data.batches import Batches
-from effitrain.data.tokenized import TokenSet
 from effitrain.model.load import DTYPES, find_base, load_model
 from effitrain.planning import recipe
 from effitrain.stream.offload import Offload
@@ -27,18 +27,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPTIMIZERS = [("adamw", 4), ("adamw8bit", 64), ("paged-adamw8bit", 1024)]
 
 
-def _tokens(count=32):
-    """Random samples of 5 to 39 tokens, the first third of each masked."""
-    rng = np.random.default_rng(0)
-    samples = [rng.integers(3, 200, rng.integers(5, 40)) for _ in range(count)]
-    ids = np.concatenate(samples).astype(np.int32)
-    offsets = np.cumsum([0, *map(len, samples)])
-    labels = ids.copy()
-    for start, sample in zip(offsets, samples, strict=False):
-        labels[start : start + max(1, len(sample) // 3)] = -100
-    return TokenSet(ids, labels, offsets)
-
-
 def _model(folder, device=CUDA, dtype="fp32", quant="none", dropout=0.0, r=4):
     asked = recipe(model=str(folder), quant=quant, dtype=dtype)
     decoder, clock = load_model(find_base(str(folder)), asked, device), Clock(1)
@@ -55,7 +43,7 @@ class Losses(Hook):
 
 
 def _train(decoder, clock, optimizer, steps=8, start=0):
-    losses, batches = Losses(), Batches(_tokens(), 4, 64, False, 3)
+    losses, batches = Losses(), Batches(random_samples(32), 4, 64, False, 3)
     course = Course(steps, steps * 2, 2, 3e-3)
     train(decoder, batches, optimizer, course, TrainState(step=start), clock, [losses])
     return losses.values
@@ -75,7 +63,7 @@ def test_the_losses_of_the_cpu(tiny_model, dtype, tolerance):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 3e-2)])
 def test_recomputation_repeats_dropout(tiny_model, quant, dtype, tolerance):
     """Another mask in the second forward pass would give other gradients; backward kernels may sum in any order."""
-    batch = Batches(_tokens(6), 6, 64, False, 0).get(0)
+    batch = Batches(random_samples(6), 6, 64, False, 0).get(0)
     losses, grads = [], []
     for recompute in ("none", "mlp", "layer", "offload"):
         decoder, clock, trainable = _model(tiny_model("llama"), CUDA, dtype, quant, dropout=0.3)
@@ -100,7 +88,7 @@ def test_dropout_differs_between_steps(tiny_model):
     with torch.no_grad():
         for parameter in trainable.values():
             parameter += 0.02
-    batch = Batches(_tokens(6), 6, 64, False, 0).get(0)
+    batch = Batches(random_samples(6), 6, 64, False, 0).get(0)
     losses = []
     for clock.step in (0, 1, 0):
         losses.append(accumulate(decoder, [batch], clock))
@@ -116,7 +104,7 @@ def test_optimizers_learn_and_the_probe_leaves_no_trace(tiny_model, name, rank):
         if probing:
             before = {n: p.detach().clone() for n, p in trainable.items()}
             meter = Meter(CUDA)
-            probe(decoder, [Batches(_tokens(), 4, 64, False, 3).longest], optimizer, clock, meter)
+            probe(decoder, [Batches(random_samples(32), 4, 64, False, 3).longest], optimizer, clock, meter)
             assert all(torch.equal(p, before[n]) for n, p in trainable.items()) and not optimizer.state
             assert meter.peak() > sum(p.nbytes for p in trainable.values())
         curves.append(_train(decoder, clock, optimizer, steps=16))

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from samples import random_samples
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
 from effitrain.adapters.storage import load_into, read_adapter, save_adapter
 from effitrain.core.errors import InputError
 from effitrain.data.batches import Batches, MicroBatch
-from effitrain.data.tokenized import TokenSet
 from effitrain.model.load import find_base, load_model
 from effitrain.planning import recipe
 from effitrain.train.hooks import Hook
@@ -23,18 +23,6 @@ from effitrain.train.probe import probe
 from effitrain.train.state import TrainState
 
 CPU = torch.device("cpu")
-
-
-def _token_set(count, low=5, high=40, vocab=200, seed=0):
-    """Random samples of different lengths, the first third of each masked."""
-    rng = np.random.default_rng(seed)
-    samples = [rng.integers(3, vocab, rng.integers(low, high)) for _ in range(count)]
-    ids = np.concatenate(samples).astype(np.int32)
-    offsets = np.cumsum([0, *map(len, samples)])
-    labels = ids.copy()
-    for start, sample in zip(offsets, samples, strict=False):
-        labels[start : start + max(1, len(sample) // 3)] = -100
-    return TokenSet(ids, labels, offsets)
 
 
 def _decoder(folder, config=AdapterConfig(r=4), seed=1, **fields):  # noqa: B008  (frozen)
@@ -72,7 +60,7 @@ def test_thirty_steps_of_a_plain_peft_loop(tiny_model, tmp_path, family, batch_s
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder, tokens, config = tiny_model(family), _token_set(64), AdapterConfig(r=4, alpha=8)
+    folder, tokens, config = tiny_model(family), random_samples(64), AdapterConfig(r=4, alpha=8)
     decoder, modules, clock = _decoder(folder, config)
     save_adapter(tmp_path / "start", {n: m.factors() for n, m in modules.items()}, config, str(folder))
     ours = _train(decoder, clock, tokens, 30, batch_size, accum)
@@ -112,7 +100,7 @@ def _rows(batch: MicroBatch):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_one_batch_of_eight_is_eight_of_one(tiny_model, recompute):
-    tokens = _token_set(24)
+    tokens = random_samples(24)
     curves = []
     for batch_size, accum in ((8, 1), (1, 8)):
         decoder, _, clock = _decoder(tiny_model("llama"))
@@ -124,7 +112,7 @@ def test_one_batch_of_eight_is_eight_of_one(tiny_model, recompute):
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_packed_and_unpacked_losses_agree(tiny_model, quant):
-    tokens = _token_set(40)
+    tokens = random_samples(40)
     decoder, _, _ = _decoder(tiny_model("llama"), quant=quant)
     sums = []
     for packing in (False, True):
@@ -137,7 +125,7 @@ def test_packed_and_unpacked_losses_agree(tiny_model, quant):
 
 @pytest.mark.parametrize("targets", [None, ("q_proj",), ("lm_head",), ("down_proj", "lm_head")])
 def test_recomputation_changes_no_gradient(tiny_model, targets):
-    batch = Batches(_token_set(6), 6, 64, False, 0).get(0)
+    batch = Batches(random_samples(6), 6, 64, False, 0).get(0)
     grads = []
     for recompute in ("none", "mlp", "layer"):
         decoder, _, clock = _decoder(tiny_model("llama"), AdapterConfig(r=4, dropout=0.2, targets=targets))
@@ -153,7 +141,7 @@ def test_recomputation_changes_no_gradient(tiny_model, targets):
 
 
 def test_the_last_step_may_be_short_and_epochs_differ(tiny_model):
-    tokens = _token_set(10)
+    tokens = random_samples(10)
     decoder, _, clock = _decoder(tiny_model("llama"))
     batches = Batches(tokens, 1, 64, False, 3)
     seen, original = [], batches.get
@@ -168,7 +156,7 @@ def test_the_last_step_may_be_short_and_epochs_differ(tiny_model):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_stops_at_the_first_value_that_is_not_finite(tiny_model, what):
     decoder, modules, clock = _decoder(tiny_model("llama"))
-    tokens, adapter = _token_set(8), next(iter(modules.values()))
+    tokens, adapter = random_samples(8), next(iter(modules.values()))
 
     class Damage(Hook):
         def before_step(self, state):
@@ -186,7 +174,7 @@ def test_stops_at_the_first_value_that_is_not_finite(tiny_model, what):
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "adamw8bit"])
 def test_the_probe_leaves_no_trace(tiny_model, optimizer_name):
-    tokens, curves = _token_set(16), []
+    tokens, curves = random_samples(16), []
     for probing in (False, True):
         decoder, _, clock = _decoder(tiny_model("llama"))
         optimizer = make_optimizer(optimizer_name, _parameters(decoder), 1e-3, 0.1)
@@ -202,7 +190,7 @@ def test_the_probe_leaves_no_trace(tiny_model, optimizer_name):
 
 
 def test_bf16_follows_fp32(tiny_model):
-    tokens = _token_set(32)
+    tokens = random_samples(32)
     decoder, _, clock = _decoder(tiny_model("llama"))
     exact = _train(decoder, clock, tokens, 10, 4, 1)
     asked = recipe(model=str(tiny_model("llama")), quant="none", dtype="bf16")
@@ -212,7 +200,7 @@ def test_bf16_follows_fp32(tiny_model):
 
 
 def test_an_adapter_to_go_on_from_is_where_training_starts(tiny_model, tmp_path):
-    tokens, config = _token_set(16), AdapterConfig(r=4)
+    tokens, config = random_samples(16), AdapterConfig(r=4)
     decoder, modules, clock = _decoder(tiny_model("llama"))
     _train(decoder, clock, tokens, 3, 4, 1)
     save_adapter(tmp_path / "a", {n: m.factors() for n, m in modules.items()}, config, "base")
