@@ -28,9 +28,8 @@ def first_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> list[NDAr
 def _first_fit(lengths: list[int], capacity: int) -> NDArray[np.int64]:
     """The bin of each length in turn, through a tree of maxima over the room left in the bins: O(n log n)."""
     leaves = 1 << max(1, len(lengths) - 1).bit_length()
-    room = [capacity] * (
-        2 * leaves
-    )  # room[i] is the larger of room[2 * i] and room[2 * i + 1]; the bins are the leaves
+    # room[i] is the larger of room[2 * i] and room[2 * i + 1]; the bins are the leaves.
+    room = [capacity] * (2 * leaves)
     bins = np.empty(len(lengths), np.int64)
     for item, length in enumerate(lengths):
         node = 1

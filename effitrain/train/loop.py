@@ -133,9 +133,10 @@ def clip(parameters: Iterable[Tensor], max_norm: float, step: int) -> float:
     norm = nn.utils.get_total_norm(grads)
     if max_norm:
         scale(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    if not math.isfinite(norm.item()):
+    value = norm.item()  # waits for the device, once
+    if not math.isfinite(value):
         raise InputError(f"The gradient of step {step + 1} is not finite.", *_NOT_FINITE)
-    return norm.item()
+    return value
 
 
 def _each(hooks: Sequence[Hook], call: Callable[[Hook], None]) -> None:
