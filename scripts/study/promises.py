@@ -8,7 +8,7 @@ import ast
 import json
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -159,10 +159,15 @@ class OnCard(Source):
 
 @dataclass(frozen=True)
 class Row:
-    """A promise in one line, and what says whether it is kept."""
+    """A promise in one line, what says whether it is kept, and why where it is known not to be."""
 
     promise: str
     source: Source
+    why: str = ""
+
+    def because(self, why: str) -> "Row":
+        """The same with a reason."""
+        return replace(self, why=why)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -186,9 +191,11 @@ def summary(parts: Mapping[str, Sequence[Row]]) -> str:
 
 def missed(parts: Mapping[str, Sequence[Row]]) -> list[str]:
     """A line for every promise that is not met."""
-    asked = [(row.promise, row.source.found()) for rows in parts.values() for row in rows]
+    asked = [(row, row.source.found()) for rows in parts.values() for row in rows]
     return [
-        f"- {promise}: {found.measured} instead of {found.bound}." for promise, found in asked if found.met is False
+        f"- {row.promise}: {found.measured} instead of {found.bound}. {row.why}".rstrip()
+        for row, found in asked
+        if found.met is False
     ]
 
 
