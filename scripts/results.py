@@ -46,7 +46,7 @@ PAGE, README = ROOT / "docs/results.md", ROOT / "README.md"
 A = [
     slow("`scripts/quickstart.sh` from a fresh clone, two cores", at_most(360, SECONDS), "quickstart, seconds"),
     slow("its evaluation loss falls", at_least(0.25, SHARE), "quickstart, loss"),
-    tested("`effitrain run` alone, offline: evaluation loss falls", "25 % within 120 s",
+    tested("`effitrain run` alone, offline: evaluation loss falls", "25 % in 120 s of CPU",
            "end_to_end/test_first_commands.py::test_run_alone_teaches_the_built_in_model"),
     slow("`scripts/test.sh` (ruff, mypy, tests) from a fresh clone", at_most(720, SECONDS), "test.sh, seconds"),
     slow("stories3M learns Alpaca in 60 steps: evaluation loss falls", at_least(0.15, SHARE), "Alpaca"),
