@@ -134,11 +134,15 @@ class LoRAPrune:
 
         write_cut(target, small, base.source.config, base.source.folder, quantize=in_nf4 if nf4 else None)
 
+    def columns(self, path: str, weight: Tensor) -> Tensor:
+        """Importance of the columns of an adapted linear, float32 [in]; ``weight`` is its W0."""
+        return column_importance(self.adapters[path], weight)
+
     def _importance(self, index: int, part: Axis) -> Tensor:
         total = torch.zeros_like(self.scores[index, part])
         for path in self._readers(self.decoder.spec.layers[index], part):
             weight = frozen(self.decoder.get_submodule(path)).dense(torch.float32)
-            groups = per_group(column_importance(self.adapters[path], weight), len(total))
+            groups = per_group(self.columns(path, weight), len(total))
             total += groups / groups.norm().clamp_min(torch.finfo(torch.float32).tiny)
         return total
 

@@ -57,13 +57,14 @@ class Bench:
         model: its folder.
         train_texts: joined and cut into rows; every token is trained.
         test_texts: likewise.
-        test_rows: how many of those are scored.
+        test_rows: how many of those are scored; all where it is None.
         rows, length: of a training step, and tokens of each.
     """
 
     def __init__(
-        self, model: Path, train_texts: Iterable[str], test_texts: Iterable[str], test_rows: int, rows: int, length: int
-    ):
+        self, model: Path, train_texts: Iterable[str], test_texts: Iterable[str], test_rows: int | None, rows: int,
+        length: int,
+    ):  # fmt: skip
         self.rows, self.length = rows, length
         self.base = find_base(str(model)).fetched()
         self.spec, self.weights = self.base.spec, self.base.weights()
@@ -88,10 +89,11 @@ class Bench:
         return keep, CutWeights(self.weights, self.spec, keep, aligner)
 
     def fit(
-        self, decoder: Decoder, steps: int, seed: int, lr: float, warmup: float, hooks: Sequence[Any] = ()
-    ) -> dict[str, Adapter]:
+        self, decoder: Decoder, steps: int, seed: int, lr: float, warmup: float, hooks: Sequence[Any] = (),
+        config: AdapterConfig = LORA,
+    ) -> dict[str, Adapter]:  # fmt: skip
         """Train a LoRA on ``decoder``; ``warmup`` is a share of the steps, a hook is made from (decoder, adapters)."""
-        adapters = attach(decoder, LORA, Clock(seed))
+        adapters = attach(decoder, config, Clock(seed))
         parameters = [p for p in decoder.parameters() if p.requires_grad]
         optimizer = make_optimizer("adamw", parameters, lr, 0.0)
         batches = Batches(self.train_set, self.rows, self.length, False, seed)

@@ -95,6 +95,9 @@ def test_a_run_of_each_study(script, data_dir):
     for method in ("loraprune", "magnitude"):
         figures = loraprune.measure(data_dir, 2, 4, loraprune.pruned(method))
         assert figures["perplexity"] > whole and [len(heads) for heads in figures["kv_heads"]] == [1] * 4
+    parts = loraprune.measure(data_dir, 2, 4, {"why": "exact", "rank": 4, "lr": 2e-3})
+    assert min(parts.values()) > whole and len(set(parts.values())) == 5
+    assert loraprune.table_of_why([{"why": "exact", "rank": 4, **parts}]).count("| whole | 4 |") == 1
 
 
 def study(name: str, data: Path, out: Path) -> tuple[dict, str]:
