@@ -45,7 +45,7 @@ def _print_verdict(plan: Plan, terminal: Terminal) -> None:
         f" {format_bytes(plan.host_peak_bytes)} on the host."
     )
     together = ", ".join(setting.replace(" ", "\xa0") for setting in _settings(plan))  # no setting is torn apart
-    terminal.print(f"[dim]{textwrap.fill(together, terminal.width)}[/]".replace("\xa0", " "))
+    terminal.print(f"[dim]{textwrap.fill(together, terminal.width, break_on_hyphens=False)}[/]".replace("\xa0", " "))
 
 
 def _count(params: int) -> str:

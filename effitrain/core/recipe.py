@@ -269,10 +269,10 @@ def make_recipe(fields: dict[str, Any]) -> Recipe:
         problems += [_describe(item) for item in error.errors()]
     except InputError as error:
         problems.append(str(error))
-    if problems or recipe is None:
-        raise InputError("\n".join(problems), next_step="effitrain run --help lists every flag.")
-    if problems := list(contradictions(recipe)):
-        raise InputError("\n".join(problems), next_step="Leave one of the two out, or change it.")
+    clashes = list(contradictions(recipe)) if recipe else []
+    if problems or clashes or recipe is None:
+        step = "effitrain run --help lists every flag." if problems else "Leave one of the two out, or change it."
+        raise InputError("\n".join([*problems, *clashes]), next_step=step)
     return recipe
 
 

@@ -16,9 +16,9 @@ from effitrain.core.errors import InputError, Interrupted
 from effitrain.io.atomic import write_text
 from effitrain.train.state import TrainState, snapshot, write_checkpoint
 
-# A checkpoint of up to this size is written beside training: rank 16 on an 8B takes 0.47 GiB with its moments, and the
-# ledger's line for the process has as much to spare on a CPU, and more on a card.
-BESIDE_BYTES = 2**29
+# A checkpoint of up to this size is written beside training: a copy of it is small against what the ledger's line for
+# the process has to spare, which data share.
+BESIDE_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Checkpoints(Hook):
 
 
 class StopOnSignal(Hook):
-    """Ctrl-C and SIGTERM finish the step, save and stop; a second one stops at once."""
+    """Ctrl-C and SIGTERM finish the step, save and stop; a second one waits for a checkpoint being written alone."""
 
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints, self.asked = checkpoints, False

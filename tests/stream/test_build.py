@@ -83,7 +83,6 @@ from effitrain.core.spec import spec_from_config
 from effitrain.io.checkpoint import open_checkpoint
 from effitrain.io.store import StoreKey
 from effitrain.quant.nf4 import quantize
-from effitrain.planning import plan
 from effitrain.stream.build import ensure_store
 
 def anonymous():
