@@ -26,8 +26,6 @@ MIN_RAM = 2 * 2**30  # bytes: torch, transformers and bitsandbytes take 0.5 GiB 
 MIN_DISK = 2 * 2**30  # bytes: a rank-16 adapter of an 8B model takes 160 MiB, two checkpoints with AdamW's states 960
 # Relative error of normal weights after NF4 with blocks of 64; bitsandbytes 0.50 gives 0.091 to 0.092.
 NF4_ERROR = (0.085, 0.098)
-
-
 PINNED = 100 * 2**20  # bytes: not a power of two, which torch's own pinned memory would be rounded up to
 
 Outcome = tuple[bool | None, str]

@@ -48,7 +48,8 @@ class Scores:
             self.positions = [*self.positions[:1], (self.state.step, found.buckets)]
         self.points.append((self.state.step, found.evaluation.loss))
         if self.samples and when in ("before", "after"):
-            self.answers = [*self.answers[: when == "after"], self.samples.answers()]
+            first = self.answers[:1] if when == "after" else []
+            self.answers = [*first, self.samples.answers()]
         noted = [(step, [astuple(bucket) for bucket in buckets]) for step, buckets in self.positions]
         self.folder = self.folder.note(evals=self.points, positions=noted, answers=self.answers)
         self.tell(when, found.evaluation)

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +25,7 @@ from effitrain.io.checkpoint import open_checkpoint
 from effitrain.model.decoder import Decoder
 from effitrain.model.load import stream
 from effitrain.quant.nf4 import dequantize, quantize
+from effitrain.quant.read import DTYPES
 from effitrain.stream.fresh import FreshLayers
 from effitrain.train.loop import accumulate
 
@@ -116,7 +118,7 @@ def _model(slots: int = 0, device: torch.device | None = None, dtype: torch.dtyp
     layers = CONFIG["num_hidden_layers"]
     placement = place(layers, 0 if slots else layers, max(slots, 1))
     decoder = fresh("nf4", device, dtype, placement.streamed)
-    name = str(dtype).removeprefix("torch.").replace("bfloat16", "bf16").replace("float32", "fp32")
+    name = next(name for name, known in DTYPES.items() if known == dtype)
     stream(decoder, FreshLayers(spec(), weights("nf4", dtype), "nf4", name, device), placement, device)
     decoder.set_recompute("layer")
     for adapter in attach(decoder, AdapterConfig(r=4), Clock(0)).values():
@@ -132,8 +134,8 @@ def _batch(*samples: int) -> MicroBatch:
     for length in LENGTHS:
         labels[start : start + length // 3] = IGNORE
         start += length
-    offsets = torch.tensor([0, *LENGTHS]).cumsum(0).numpy()
-    return Batches(TokenSet(ids, labels, offsets), 1, max(LENGTHS), False, 0).gather(torch.tensor(samples).numpy())
+    offsets = np.cumsum([0, *LENGTHS])
+    return Batches(TokenSet(ids, labels, offsets), 1, max(LENGTHS), False, 0).gather(np.array(samples))
 
 
 def _step(decoder: Decoder, micro: Sequence[MicroBatch]) -> list[Tensor]:

@@ -104,12 +104,9 @@ class Checkpoints(Hook):
     def save(self, state: TrainState) -> None:
         """Save now, when the one before is written: never is more than one copy held."""
         self.wait()
-        taken = snapshot(state, self.trainable, self.optimizer)
-        beside = taken.nbytes <= BESIDE_BYTES
-        self._writing = self._writer.submit(
-            write_checkpoint, self.folder, taken.copied() if beside else taken, self.keep
-        )
-        if not beside:
+        taken = snapshot(state, self.trainable, self.optimizer, BESIDE_BYTES)
+        self._writing = self._writer.submit(write_checkpoint, self.folder, taken, self.keep)
+        if not taken.own:
             wait([self._writing])
 
     def after_step(self, state: TrainState, record: StepRecord) -> None:

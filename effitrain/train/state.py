@@ -6,7 +6,7 @@ learning rate and every random choice are functions of the step, so nothing else
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,37 +46,34 @@ class Snapshot:
 
     Attributes:
         step: steps done.
-        trainable: by name; those that train in host memory are the very tensors.
+        trainable: by name.
         optimizer: the tensors of its state, copied, by path.
         facts: the rest, as JSON values.
+        own: whether training may go on while it is written; else ``trainable`` may hold the very tensors that train.
     """
 
     step: int
     trainable: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     facts: dict[str, Any]
-
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors."""
-        return sum(tensor.nbytes for tensor in (*self.trainable.values(), *self.optimizer.values()))
-
-    def copied(self) -> "Snapshot":
-        """The same in memory of its own: training may go on while it is written."""
-        return replace(self, trainable={name: tensor.clone() for name, tensor in self.trainable.items()})
+    own: bool
 
 
-def snapshot(state: TrainState, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Snapshot:
+def snapshot(
+    state: TrainState, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, most: int = 0
+) -> Snapshot:
     """All that resuming needs.
 
     Args:
         state: where training stands.
         trainable: by name.
         optimizer: its parameters in the order of ``trainable``, which may hold more tensors behind them.
+        most: bytes up to which all of it is in memory of its own.
     """
     tensors, scalars = _split(optimizer.state_dict()["state"])
-    weights = {name: tensor.detach().cpu() for name, tensor in trainable.items()}
-    return Snapshot(state.step, weights, tensors, {**asdict(state), "optimizer": scalars})
+    own = sum(tensor.nbytes for tensor in (*trainable.values(), *tensors.values())) <= most
+    weights = {name: tensor.detach().to("cpu", copy=own) for name, tensor in trainable.items()}
+    return Snapshot(state.step, weights, tensors, {**asdict(state), "optimizer": scalars}, own)
 
 
 def write_checkpoint(folder: Path, taken: Snapshot, keep: int) -> Path:

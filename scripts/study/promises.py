@@ -9,7 +9,7 @@ import json
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,11 @@ class Row:
     source: Source
     why: str = ""
 
+    @cached_property
+    def found(self) -> Found:
+        """What its source says, asked once."""
+        return self.source.found()
+
     def because(self, why: str) -> "Row":
         """The same with a reason."""
         return replace(self, why=why)
@@ -174,7 +179,7 @@ def table(rows: Sequence[Row]) -> str:
     """Rows of one part, as Markdown."""
     lines = ["| promise | bound | measured | | made by | when, where |", "|---|---|---|---|---|---|"]
     for row in rows:
-        found = row.source.found()
+        found = row.found
         cells = (row.promise, found.bound, found.measured, found.verdict, found.made_by, found.when)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -184,18 +189,18 @@ def summary(parts: Mapping[str, Sequence[Row]]) -> str:
     """How many promises of each part are met, and those that are not."""
     lines = ["| part | promises | met | not met | need a card |", "|---|---:|---:|---:|---:|"]
     for name, rows in parts.items():
-        met = [row.source.found().met for row in rows]
+        met = [row.found.met for row in rows]
         lines.append(f"| {name} | {len(met)} | {met.count(True)} | {met.count(False)} | {met.count(None)} |")
     return "\n".join([*lines, "", "Not met:", "", *missed(parts)])
 
 
 def missed(parts: Mapping[str, Sequence[Row]]) -> list[str]:
     """A line for every promise that is not met."""
-    asked = [(row, row.source.found()) for rows in parts.values() for row in rows]
     return [
-        f"- {row.promise}: {found.measured} instead of {found.bound}. {row.why}".rstrip()
-        for row, found in asked
-        if found.met is False
+        f"- {row.promise}: {row.found.measured} instead of {row.found.bound}. {row.why}".rstrip()
+        for rows in parts.values()
+        for row in rows
+        if row.found.met is False
     ]
 
 

@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 import torch
+from killed import Killed, KilledAfter
 from safetensors.torch import load_file
 
 from effitrain import api
@@ -45,21 +46,6 @@ def run(base, tmp_path, monkeypatch):
 
 
 ADAPTER = "adapter/adapter_model.safetensors"
-
-
-class Killed(BaseException):
-    """Ends a run as a kill would: nothing catches it, and nothing is saved."""
-
-
-class KilledAfter(api.Events):
-    """Ends a run at the end of a step."""
-
-    def __init__(self, last: int):
-        self.last = last
-
-    def step(self, record):
-        if record.step == self.last:
-            raise Killed
 
 
 def same(one: dict, other: dict) -> bool:

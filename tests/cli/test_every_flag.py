@@ -180,7 +180,7 @@ def check(workplace: Workplace, case: Case, verb: str, base: str, flag: str) -> 
         assert after["code"] in (2, 3) and case.said in after["said"] + after["printed"]
         assert case.said not in before["said"] + before["printed"] or verb == "bench kernels"
     elif case.nothing:
-        assert after == before
+        assert after == before and after["code"] == 0
     else:
         assert before["code"] == after["code"] == 0, (before["said"], after["said"])
         assert after != before

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from killed import Killed
 from safetensors.torch import load_file, save_file
 
 from effitrain import api
@@ -118,10 +119,6 @@ class Result(NamedTuple):
     ends: list[float]
     weights: dict[str, str]
     plan: dict[str, Any]
-
-
-class Killed(BaseException):
-    """Ends a run as a kill would: nothing catches it, and nothing is saved."""
 
 
 class Ends(api.Events):

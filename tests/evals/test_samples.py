@@ -5,6 +5,7 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+from killed import Killed, KilledAfter
 
 from effitrain import api
 from effitrain.data.tokenized import IGNORE, TokenSet
@@ -40,21 +41,6 @@ def test_running_text_is_asked_for_its_second_half():
 
 def test_an_empty_set_has_none():
     assert choose(TokenSet(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(1, np.int64))) == ()
-
-
-class Killed(BaseException):
-    """Ends a run as a kill would."""
-
-
-class KilledAfter(api.Events):
-    """Ends a run at the end of a step."""
-
-    def __init__(self, last: int):
-        self.last = last
-
-    def step(self, record):
-        if record.step == self.last:
-            raise Killed
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def test_the_pages_are_what_the_script_makes(script):
 def test_nothing_falls_short_without_a_reason(script):
     """So that what was met is not lost when something is measured anew."""
     rows = [row for part in script("results").PARTS.values() for row in part]
-    assert not [row.promise for row in rows if row.source.found().met is False and not row.why]
+    assert not [row.promise for row in rows if row.found.met is False and not row.why]
 
 
 def test_the_memory_table_is_that_of_its_script(script):

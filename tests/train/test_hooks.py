@@ -10,7 +10,7 @@ from effitrain.core.errors import InputError, Interrupted
 from effitrain.train import hooks
 from effitrain.train.hooks import Checkpoints, StepRecord, StopOnSignal
 from effitrain.train.optim import make_optimizer
-from effitrain.train.state import Snapshot, TrainState, checkpoints, load_checkpoint
+from effitrain.train.state import TrainState, checkpoints, load_checkpoint
 
 RECORD = StepRecord(1, 0.0, 0.0, 0.0, 0, 0.0, 0)
 
@@ -73,15 +73,17 @@ def test_one_at_a_time(tmp_path, toy, gate):
 
 
 def test_what_is_too_large_for_a_copy_is_written_first(tmp_path, toy, monkeypatch):
-    copies = []
-    monkeypatch.setattr(Snapshot, "copied", lambda taken: copies.append(taken) or taken)
+    taken, take = [], hooks.snapshot
+    monkeypatch.setattr(hooks, "snapshot", lambda *args: taken.append(take(*args)) or taken[-1])
     size = 3 * 15 * 4 + 4  # the weight, its moments, their step
     for limit in (size, size - 1):
         monkeypatch.setattr(hooks, "BESIDE_BYTES", limit)
         with saver(tmp_path / str(limit), *toy) as saving:
             saving.save(TrainState(1))
             assert limit == size or checkpoints(tmp_path / str(limit))
-    assert len(copies) == 1
+    weight = toy[0]
+    assert [one.own for one in taken] == [True, False]
+    assert [one.trainable["w"].data_ptr() == weight.data_ptr() for one in taken] == [False, True]
 
 
 @pytest.mark.parametrize("every", [1, 3])
