@@ -283,7 +283,8 @@ def _check_starting_points(recipe: Recipe, base: Base) -> None:
     if recipe.init_adapter:
         bundle = read_adapter(adapter_folder(recipe.init_adapter))
         if recipe.prune_ranking == "local":  # else the scores decide what fits
-            check_fits(base.spec if recipe.prune_ratio is None else small_spec(base.spec, recipe), bundle)
+            prunes = recipe.prune_ratio is not None or recipe.small_model
+            check_fits(small_spec(base.spec, recipe) if prunes else base.spec, bundle)
         check_kept(bundle.full, recipe)
         check_alive(bundle.tensors, recipe.init_adapter)
         check_positions(recipe.init_adapter, base.source.config)

@@ -3,13 +3,15 @@
 The ratio is meant for each pruned part of the layers that are not exempt; hidden size, embedding, head and norms stay.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 
 from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
-from effitrain.core.spec import Axis, ModelSpec, Widths
+from effitrain.core.spec import Axis, ModelSpec, Widths, spec_from_config
 
 PARTS = ("ffn+kv", "ffn", "kv")
 # LoRAM leaves the first 4 and last 2 of 80 layers whole; other depths in proportion.
@@ -75,15 +77,17 @@ def cut_widths(
 
 
 def small_spec(spec: ModelSpec, recipe: Recipe) -> ModelSpec:
-    """The shape of the small model that ``recipe`` asks for.
+    """The shape of the small model that ``recipe`` asks for: of the folder that it names, or what a ratio leaves.
 
     Where layers compete (``--prune-ranking global``) the scores decide how wide each becomes; this is then the most
     uneven outcome, of the same sum: as many layers as possible whole, the others as narrow as can be. No other takes
     more memory.
 
     Raises:
-        InputError: it names no ratio, or one that cannot be.
+        InputError: it names no ratio, or one that cannot be, or a folder that holds no small model of ``spec``.
     """
+    if recipe.small_model:
+        return _made_before(spec, Path(recipe.small_model))
     if recipe.prune_ratio is None:
         raise InputError("Pruning needs a ratio.", next_step="Try --prune-ratio 0.5: half of what can be pruned goes.")
     widths = cut_widths(spec, recipe.prune_ratio, recipe.prune_parts, recipe.prune_exempt, recipe.prune_round)
@@ -91,6 +95,33 @@ def small_spec(spec: ModelSpec, recipe: Recipe) -> ModelSpec:
         widths = _most_uneven(spec.widths, widths, recipe.prune_round or default_multiple(spec.ffn))
     small = spec.resized(widths)
     return small.with_biases(read_pruned(spec, widths)) if recipe.align == "bias" else small
+
+
+def _made_before(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """The shape in the config.json of a pruned model's folder."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(
+            f"{folder} holds no config.json of a pruned model.",
+            next_step="Name with --small-model a folder that `effitrain prune` wrote.",
+        ) from None
+    small = spec_from_config(config, str(folder))
+    same = all(getattr(small, size) == getattr(spec, size) for size in ("hidden", "head_dim", "num_layers", "vocab"))
+    if not same or any(
+        s.ffn > w.ffn or s.kv_heads > w.kv_heads for s, w in zip(small.widths, spec.widths, strict=True)
+    ):
+        raise InputError(
+            f"The small model {folder} was not cut from {spec.name}: their sizes do not go together.",
+            next_step="Name with --model the model that was pruned.",
+        )
+    return spec.resized(small.widths).with_biases([path for path, linear in small.linears.items() if linear.bias])
+
+
+def removed_share(spec: ModelSpec, small: ModelSpec) -> float:
+    """What is gone of the layers that lost anything, as a share of their matrices, rounded to thousandths."""
+    pairs = [(a.weights, b.weights) for a, b in zip(spec.layers, small.layers, strict=True) if a.weights != b.weights]
+    return round(1 - sum(b for _, b in pairs) / sum(a for a, _ in pairs), 3) if pairs else 0.0
 
 
 def alignment_recipe(recipe: Recipe) -> Recipe:

@@ -246,7 +246,9 @@ def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
     for stage in way.stages:
         sizes = f"{format_bytes(stage.device)} on the device and {format_bytes(stage.host)} of host memory"
         yield f"{stage.what} before training takes up to {sizes}."
-    if way.prune_ratio is not None and recipe.prune_ratio is None:
+    if recipe.small_model:
+        yield f"{recipe.small_model} is trained on as it is: {way.prune_ratio:.0%} of the layers that were cut is gone."
+    elif way.prune_ratio is not None and recipe.prune_ratio is None:
         yield f"Pruned by {way.prune_ratio:g}: the smallest ratio of the table that fits {have}."
     if recipe.batch_size is None:
         why = f"{settings.batch_size * settings.grad_accum} samples a step"

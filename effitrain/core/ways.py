@@ -6,7 +6,7 @@ from typing import Literal
 
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.choices import Choice, Weights, best, list_choices
-from effitrain.core.cut import small_spec
+from effitrain.core.cut import removed_share, small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.ledger import Work
 from effitrain.core.methods import METHODS
@@ -76,7 +76,6 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "tr
     if recipe.method == "full":
         return [Way("resident", "resident", spec, recipe, budget)]
     can_stream = recipe.recompute in ("auto", "layer")
-    ratios = PRUNE_RATIOS if recipe.prune_ratio is None else (recipe.prune_ratio,)
     resident = [Way("resident", "resident", spec, recipe, budget)] if recipe.resident_layers is None else []
     stream = [Way("stream", "streamed", spec, recipe, budget)] if can_stream else []
     prune: list[Way] = []
@@ -89,15 +88,28 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "tr
         )
     can_prune = not pruned and spec.num_layers > 2 and recipe.method not in METHODS  # of two layers both are exempt
     if asked or (recipe.fit == "auto" and can_prune):
-        cut = {ratio: small_spec(spec, recipe.changed(prune_ratio=ratio)) for ratio in ratios}
+        cut = _cut(spec, recipe)
         kept: tuple[Weights, ...] = ("resident", "streamed") if can_stream else ("resident",)
         kept = kept if recipe.resident_layers is None else tuple(way for way in kept if way == "streamed")
-        prune = [Way("prune", weights, cut[ratio], recipe, budget, ratio, spec) for weights in kept for ratio in ratios]
+        prune = [Way("prune", weights, cut[ratio], recipe, budget, ratio, spec) for weights in kept for ratio in cut]
     if recipe.fit != "auto":
         return {"resident": resident, "stream": stream, "prune": prune}[recipe.fit]
     if recipe.prune_ratio is not None:  # who names a ratio wants it
         return prune
     return [*resident, *prune, *stream] if recipe.prefer == "fast" else [*resident, *stream, *prune]
+
+
+def _cut(spec: ModelSpec, recipe: Recipe) -> dict[float, ModelSpec]:
+    """The small models that come into question, by ratio. One that is there already is of the recipe's ratio if that
+    removes as many weights; else what it lacks is its ratio.
+    """
+    if not recipe.small_model:
+        ratios = PRUNE_RATIOS if recipe.prune_ratio is None else (recipe.prune_ratio,)
+        return {ratio: small_spec(spec, recipe.changed(prune_ratio=ratio)) for ratio in ratios}
+    small, ratio = small_spec(spec, recipe), recipe.prune_ratio
+    if ratio is None or small_spec(spec, recipe.changed(small_model=None)).linear_params != small.linear_params:
+        ratio = removed_share(spec, small)
+    return {ratio: small}
 
 
 def _whole(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work) -> list[Way]:

@@ -130,6 +130,7 @@ SMALL = "--model tiny --max-seq-len 64 --fit stream --quant none --resident-laye
 CASES = {
     "plan": {
         **MEMORY,
+        "--small-model": Case("nowhere", PRUNED, said="nowhere holds no config.json"),
         **BOTH,
         **{flag: case._replace(said="", nothing=True) for flag, case in TRAINING.items()},
         "--prove": Case(),

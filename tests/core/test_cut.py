@@ -1,23 +1,27 @@
 """Sizes of pruned models from configuration alone, against published figures."""
 
+import json
 import random
 
 import pytest
 from shapes import preset
 
 from effitrain.core.budget import MemoryBudget
-from effitrain.core.cut import cut_spec, cut_widths, default_exempt, default_multiple, small_spec
+from effitrain.core.cut import cut_spec, cut_widths, default_exempt, default_multiple, removed_share, small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.plan import for_tokens, make_plan, resolve
 from effitrain.core.recipe import make_recipe
 from effitrain.core.spec import Widths, pruned_config, spec_from_config
 
+CONFIG = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 6,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 261, "max_position_embeddings": 512,
+    "head_dim": 8,
+}  # fmt: skip
+
 
 def small(**sizes):
-    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 6,
-              "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 261, "max_position_embeddings": 512,
-              "head_dim": 8}  # fmt: skip
-    return spec_from_config({**config, **sizes}, "mine")
+    return spec_from_config({**CONFIG, **sizes}, "mine")
 
 
 @pytest.mark.parametrize(
@@ -120,14 +124,54 @@ def test_biases_that_the_family_lacks_are_counted_and_written_down():
     recipe = make_recipe({"fit": "prune", "prune_ratio": 0.5, "align": "bias"})
     cut = small_spec(spec, recipe)
     assert cut.params - cut_spec(spec, 0.5).params == 4 * 2 * 64  # o and down of four layers
-    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 6,
-              "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 261, "max_position_embeddings": 512,
-              "head_dim": 8}  # fmt: skip
-    written = pruned_config(config, cut)
+    written = pruned_config(CONFIG, cut)
     assert spec_from_config(written, "mine").layers == cut.layers
     for bad in ("all", ["model.layers.9.mlp.down_proj"], {"a": 1}):
         with pytest.raises(InputError, match="effitrain_biases"):
             spec_from_config({**written, "effitrain_biases": bad}, "mine")
-    own = spec_from_config({**config, "attention_bias": True}, "mine")  # o has one, down gets one
-    named = pruned_config({**config, "attention_bias": True}, small_spec(own, recipe))["effitrain_biases"]
+    own = spec_from_config({**CONFIG, "attention_bias": True}, "mine")  # o has one, down gets one
+    named = pruned_config({**CONFIG, "attention_bias": True}, small_spec(own, recipe))["effitrain_biases"]
     assert {path.rpartition(".")[2] for path in named} == {"down_proj"}
+
+
+@pytest.fixture
+def made_before(tmp_path):
+    """``write(**config)``: a folder with the config.json of a small model of ``small()``, uneven and with a bias."""
+
+    def write(**config):
+        whole = small()
+        widths = [Widths(112, 2), Widths(24, 1), Widths(16, 2), *3 * [Widths(112, 2)]]
+        cut = whole.resized(widths).with_biases(["model.layers.1.mlp.down_proj"])
+        (tmp_path / "config.json").write_text(json.dumps({**pruned_config(CONFIG, cut), **config}))
+        return make_recipe({"fit": "prune", "small_model": str(tmp_path)})
+
+    return write
+
+
+def test_a_small_model_that_is_there_has_its_own_widths_and_ratio(made_before):
+    whole, recipe = small(), made_before()
+    cut = small_spec(whole, recipe)
+    assert [(w.ffn, w.kv_heads) for w in cut.widths] == [(112, 2), (24, 1), (16, 2), *3 * [(112, 2)]]
+    assert cut.linears["model.layers.1.mlp.down_proj"].bias and not cut.linears["model.layers.2.mlp.down_proj"].bias
+    gone = 1 - sum(cut.layers[i].weights for i in (1, 2)) / sum(whole.layers[i].weights for i in (1, 2))
+    assert removed_share(whole, cut) == round(gone, 3) and removed_share(whole, whole) == 0
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"num_hidden_layers": 3, "effitrain_widths": {"ffn": [64] * 3, "kv_heads": [2] * 3}}, "not cut from"),
+        ({"hidden_size": 128}, "not cut from"),
+        ({"intermediate_size": 128, "effitrain_widths": {"ffn": [128] * 6, "kv_heads": [2] * 6}}, "not cut from"),
+        ({"effitrain_widths": {"ffn": [64]}}, "do not go with"),
+    ],
+)
+def test_a_small_model_of_another_model_is_refused(made_before, config, words):
+    config = {"effitrain_biases": [], **config}
+    with pytest.raises(InputError, match=words):
+        small_spec(small(), made_before(**config))
+
+
+def test_a_folder_without_a_model_is_no_small_model(tmp_path):
+    with pytest.raises(InputError, match=r"no config\.json of a pruned model"):
+        small_spec(small(), make_recipe({"fit": "prune", "small_model": str(tmp_path)}))

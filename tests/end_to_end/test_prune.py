@@ -1,7 +1,6 @@
 """Train small, infer large, from the command line: in one command and in three, and what the report says of it."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -133,11 +132,16 @@ def test_three_commands_scale_positions_as_one_does(full, flags, effitrain, tmp_
 
 
 def test_a_small_model_serves_many_adapters(one, full, flags, effitrain, tmp_path):
-    pruned = ["--fit", "prune", "--prune-ratio", 0.5, "--small-model", one / "small"]
-    answer = effitrain("run", "--model", full, *pruned, *flags, "--seed", 1, "-o", tmp_path / "other")
+    """It is as large as it is, whatever ratio is named or none."""
+    pruned = ["--model", full, "--fit", "prune", "--small-model", one / "small"]
+    answer = effitrain("run", *pruned, *flags, "--seed", 1, "-o", tmp_path / "other")
     assert answer.code == 0, answer.err
     assert not (tmp_path / "other/small").exists()
-    assert math.isclose(read(tmp_path / "other/report.json")["prune"]["ratio"], 0.5)
+    assert read(tmp_path / "other/report.json")["prune"]["ratio"] == 0.5
+    for named in ([], ["--prune-ratio", 0.5], ["--prune-ratio", 0.25]):
+        plan = json.loads(effitrain("plan", *pruned, *flags, "--seed", 1, *named, "--json").out)
+        assert (plan["prune_ratio"], plan["peak_bytes"]) == (0.5, read(tmp_path / "other/plan.json")["peak_bytes"])
+        assert any("is trained on as it is: 50% of the layers" in reason for reason in plan["reasons"])
 
 
 def test_ratio_zero_is_plain_qlora(full, flags, effitrain, tmp_path):
