@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.steps <= UNTIMED + 2:
+        parser.error(f"--steps {args.steps} leaves none to time: {UNTIMED + 3} at least.")
     if args.side:
         run = _trainer_peft if args.side == "trainer_peft" else _effitrain
         print(json.dumps(run(args.work, args.steps, recompute=args.side.endswith("recompute"))))
