@@ -60,9 +60,12 @@ def flag_of(field: str) -> str:
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """The one of ``known`` that ``name`` stands for, as other tools use it or by its spelling; None for no idea."""
+    """The one of ``known`` that ``name`` stands for: as other tools call it, or by the spelling of either; None for no
+    idea.
+    """
     known = list(known)
-    ours = _OURS.get(name)
-    if ours in known:
-        return ours
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
+    spelt = {**{theirs: ours for theirs, ours in _OURS.items() if ours in known}, **{own: own for own in known}}
+    if name in spelt:
+        return spelt[name]
+    near = difflib.get_close_matches(name, spelt, n=1, cutoff=0.5)
+    return spelt[near[0]] if near else None

@@ -13,6 +13,8 @@ FIELDS = list(Recipe.model_fields)
         ("per_device_train_batch_size", "batch_size"), ("gradient_accumulation_steps", "grad_accum"),
         ("model_name_or_path", "model"), ("cutoff_len", "max_seq_len"), ("max_length", "max_seq_len"),
         ("output", "output_dir"), ("batchsize", "batch_size"), ("lora_targts", "lora_targets"),
+        ("lerning_rate", "lr"), ("cutoff_lenght", "max_seq_len"), ("load_in_4bits", "quant"), ("lora_rnk", "lora_r"),
+        ("gradient_acumulation_step", "grad_accum"), ("num_epoch", "epochs"), ("quantt", "quant"),
     ],
 )  # fmt: skip
 def test_names_of_other_tools_and_misspelt_ones(theirs: str, ours: str) -> None:
