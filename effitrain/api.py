@@ -15,7 +15,7 @@ from effitrain.adapters.portable import check_alive, for_peft_alone, one_rank
 from effitrain.adapters.storage import adapter_folder, read_adapter, save_adapter
 from effitrain.adapters.variants import check_method
 from effitrain.carry_out import aligning_run, carry_out
-from effitrain.core.budget import MemoryBudget
+from effitrain.core.budget import MemoryBudget, card_bytes
 from effitrain.core.choices import compute_dtype, sequence_length
 from effitrain.core.cut import small_spec
 from effitrain.core.errors import InputError
@@ -85,11 +85,14 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
     check_method(recipe.method)
     check_tracker(recipe.report_to)
     if recipe.gpu and not dry_run:
+        card_bytes(recipe.gpu)  # names the known ones where this is none
         raise InputError("--gpu plans for a card that is not here.", next_step="Use effitrain plan, or --dry-run.")
     if recipe.dataset is None:
         events.note("No --dataset: training on the built-in instruction set.")
     check_data(recipe)
     base = find_base(recipe.model, recipe.weights)
+    if base.source.folder:
+        base.tokenizer()  # told before the plan when it cannot be used
     asked = recipe
     recipe, config = at_positions(_as_before(asked, folder), base.source.config)
     base = base.at_positions(config)

@@ -1,10 +1,10 @@
 """The run folder is the state of a run: what was asked, what is done, what may be gone on with."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from effitrain.core.errors import InputError
@@ -74,9 +74,11 @@ def open_run(recipe: Recipe) -> RunFolder:
     """
     path = Path(recipe.output_dir)
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        reason = "cannot be written" if there.is_dir() else "is a file"
-        raise InputError(f"The output folder {path} cannot be made: {there} {reason}.", next_step=_ANOTHER)
+    try:
+        TemporaryFile(dir=there).close()  # permissions alone do not tell: root may write anywhere, and yet not in /proc
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}" if there.is_dir() else "is a file"
+        raise InputError(f"The output folder {path} cannot be made: {there} {reason}.", next_step=_ANOTHER) from None
     folder = RunFolder(path, _read_notes(path / "run.json"))
     foreign = [name for name in _OURS if (path / name).exists()]
     if not folder.started and foreign:

@@ -177,3 +177,9 @@ def test_bad_model(refused, place, case):
 def test_bad_folder(refused, place, case):
     make, words = FOLDERS[case]
     refused(make(place), words)
+
+
+@pytest.mark.parametrize("case", [(MODEL, "folder without tokenizer"), (FOLDERS, "output where nothing can be made")])
+def test_what_can_be_told_at_once_is_told_before_the_plan(refused, place, case):
+    cases, name = case
+    assert "Peak" not in refused(*[part(place) if callable(part) else part for part in cases[name]]).out
