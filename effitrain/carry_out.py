@@ -18,6 +18,7 @@ from effitrain.core.methods import SAMPLED
 from effitrain.core.plan import Plan, make_plan, resolve
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import Report
+from effitrain.core.units import counted
 from effitrain.data.prepare import PreparedData, prepare_data
 from effitrain.evals.events import Events
 from effitrain.evals.recovered import compare, facts
@@ -68,6 +69,8 @@ def _carry_out(
         folder = folder.note(evals=[], positions=[], answers=[])  # of a run of another recipe that never took a step
     folder = _same_inputs(folder, data=data.fingerprint, model=base.fingerprint(), **code_of(recipe.method))
     events.data(data)
+    if recipe.eval_fraction and not recipe.eval_dataset and not len(data.eval):
+        events.note(_no_evaluation(recipe, data))
     device = torch.device(budget.device)
     meter = Meter(device)
     cap(device, the_plan)
@@ -90,6 +93,11 @@ def _carry_out(
         run = replace(run, evals=ends(recipe, base, whole, device, batches, run.evals, events.evaluated))
     rope = rope_figures(recipe, base.spec, base.source.loads_from, folder.path)
     return write_report(folder.path, replace(run, peak_bytes=meter.peak(), rope=rope))
+
+
+def _no_evaluation(recipe: Recipe, data: PreparedData) -> str:
+    share = f"--eval-fraction {recipe.eval_fraction:g} of {counted(data.stats.samples, 'sample')}"
+    return f"No sample is kept for evaluation: {share} is none. Name other data with --eval-dataset."
 
 
 def _make_small(
@@ -126,7 +134,7 @@ def aligning_run(recipe: Recipe, budget: MemoryBudget, tell: Callable[[str], Non
         report = Report.read(out / "report.json")
         before, after = report.loss.eval_before, report.loss.eval_after
         if before is not None and after is not None:
-            tell(f"Aligned: evaluation loss {before:.4f} before, {after:.4f} after {report.steps} steps.")
+            tell(f"Aligned: evaluation loss {before:.4f} before, {after:.4f} after {counted(report.steps, 'step')}.")
         return out / "model", {"steps": report.steps, "before": before, "after": after}
 
     return train_all

@@ -1,7 +1,6 @@
 """What the terminal shows of a run, from the plan to the last step."""
 
 import sys
-import textwrap
 
 from rich.console import Console as Terminal
 from rich.text import Text
@@ -9,8 +8,9 @@ from tqdm import tqdm
 
 from effitrain.api import Events
 from effitrain.cli.plan_table import print_plan
+from effitrain.cli.wrap import wrapped
 from effitrain.core.plan import Plan
-from effitrain.core.units import format_bytes
+from effitrain.core.units import counted, format_bytes
 from effitrain.data.prepare import PreparedData
 from effitrain.evals.perplexity import Evaluation
 from effitrain.train.hooks import StepRecord
@@ -27,9 +27,8 @@ class Console(Events):
         self.width = Terminal().width
 
     def note(self, text: str) -> None:
-        """Lines of their own, at once, in the width of the terminal, no word torn apart; a running bar stays below."""
-        fill = textwrap.TextWrapper(self.width, break_long_words=False, break_on_hyphens=False).fill
-        self._write("\n".join(map(fill, text.splitlines())))
+        """Lines of their own, at once, in the width of the terminal; a running bar stays below."""
+        self._write(wrapped(text, self.width))
 
     def _write(self, text: str) -> None:
         tqdm.write(text)
@@ -60,10 +59,11 @@ class Console(Events):
     def data(self, data: PreparedData) -> None:
         """Counts, and one sample with its trained part marked."""
         stats = data.stats
+        samples, evaluated = counted(stats.samples, "sample"), counted(len(data.eval), "sample")
         self.note(
-            f"Data: {stats.samples:,} samples ({stats.format}, template {stats.template}), {stats.tokens:,} tokens,"
+            f"Data: {samples} ({stats.format}, template {stats.template}), {stats.tokens:,} tokens,"
             f" {stats.trained_share:.0%} trained;\n"
-            f"{stats.truncated:,} truncated, {stats.dropped:,} dropped; {len(data.eval):,} samples for evaluation.\n"
+            f"{stats.truncated:,} truncated, {stats.dropped:,} dropped; {evaluated} for evaluation.\n"
             "One sample, its trained part marked:"
         )
         lines = Text(data.preview).wrap(Terminal(), self.width)  # by the cells that characters take

@@ -7,6 +7,7 @@ import sys
 import click
 
 from effitrain.cli.flags import usage
+from effitrain.cli.wrap import wrapped
 from effitrain.core.errors import EffitrainError, InputError
 from effitrain.core.names import nearest_name
 from effitrain.core.system import check_system
@@ -66,5 +67,10 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"effitrain: {message}", err=True)
+    told = f"effitrain: {message}"
+    if sys.stderr.isatty():  # a log keeps each message's lines whole, for those who search it
+        from rich.console import Console as Terminal
+
+        told = wrapped(told, Terminal(stderr=True).width)
+    click.echo(told, err=True)
     sys.exit(code)

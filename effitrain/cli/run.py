@@ -37,7 +37,7 @@ def command(prove: bool, dry_run: bool, as_json: bool, quiet: bool, **flags: Any
         click.echo(_json(report or plan_keeper.plan))
     elif report and not quiet:
         for warning in report.warnings:
-            click.echo(f"Note: {warning}")
+            console.note(f"Note: {warning}")
         out = asked.output_dir
         click.echo(f"Adapter: {out}/{report.adapter}" if report.adapter else f"Model:   {out}/model")
         click.echo(f"Report:  {out}/report.html")

@@ -17,7 +17,7 @@ from effitrain.core.offers import Alternative, leaner, other_ways
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 from effitrain.core.speed import step_time, tokens_to_hide
-from effitrain.core.units import format_bytes
+from effitrain.core.units import counted, format_bytes
 from effitrain.core.ways import Way, ways
 from effitrain.core.weights import busy_layers, check_layers, trains_tables
 
@@ -251,7 +251,7 @@ def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
     elif way.prune_ratio is not None and recipe.prune_ratio is None:
         yield f"Pruned by {way.prune_ratio:g}: the smallest ratio of the table that fits {have}."
     if recipe.batch_size is None:
-        why = f"{settings.batch_size * settings.grad_accum} samples a step"
+        why = f"{counted(settings.batch_size * settings.grad_accum, 'sample')} a step"
         if settings.batch_size < max(other.settings.batch_size for other in way.choices):
             why = f"the fastest that fits {have}"
         elif 2 * settings.batch_size <= SAMPLES_PER_STEP // (recipe.grad_accum or 1):

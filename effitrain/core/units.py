@@ -1,4 +1,4 @@
-"""Bytes as people write them: ``20G`` and ``20GiB`` are 20 * 2**30 bytes, ``20GB`` is 20 * 10**9."""
+"""Bytes and numbers as people write them: ``20G`` and ``20GiB`` are 20 * 2**30 bytes, ``20GB`` is 20 * 10**9."""
 
 import re
 
@@ -26,6 +26,11 @@ def parse_bytes(text: str | int) -> int:
         meant = f"{number}{'G' if float(number) <= 1024 else 'M'}" if float(number) else "20G"
         raise InputError(f"The memory size {text!r} is {size} bytes.", next_step=f"Did you mean {meant}?")
     return size
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things for people: ``1 sample``, ``1,330 samples``."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def format_bytes(size: int) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
+from effitrain.core.units import counted
 from effitrain.data.formats import Layout, Turn, conversations, find_layout, text_of
 from effitrain.data.long_text import encode_texts
 from effitrain.data.marks import Rendered, marks_of
@@ -152,7 +153,7 @@ def _up_to_last_answer(turns: Sequence[Turn]) -> Sequence[Turn]:
 def _check_trained(name: str, built: Built, max_seq_len: int) -> None:
     if not built.samples:
         raise InputError(
-            f"Nothing is left of the data set {name}: all {built.dropped} samples were dropped.",
+            f"Nothing is left of the data set {name}: {counted(built.dropped, 'sample')} dropped, none kept.",
             f"Their answers lie outside {max_seq_len} tokens, or the rows have no answer at all.",
             "Raise --max-seq-len, choose another --truncation, or check --format and --columns.",
         )

@@ -18,7 +18,7 @@ from effitrain.data.sources import Source, open_source
 from effitrain.data.templates import check_template, find_template
 from effitrain.data.tokenized import TokenSet, bos_of, join
 
-_CODE_VERSION = 1  # raise it when the same rows would give other tokens
+_CODE_VERSION = 2  # raise it when the same rows would give other tokens
 _EVAL_ROWS = 200
 _SPLIT_STREAM = 2**64 - 1  # the epochs of the training order are streams 0, 1, ...
 
@@ -54,7 +54,7 @@ class PreparedData:
 
     Attributes:
         train: the samples to train on.
-        eval: the evaluation samples; empty where the recipe asks for none or there is one row only.
+        eval: the evaluation samples; empty where the recipe asks for none, or for less than half a row.
         stats: of the training data set.
         preview: one sample as text, the trained part between « and ».
         fingerprint: hash of the rows, the tokenizer and the settings that made the tokens.
@@ -142,9 +142,10 @@ def _split(built: list[Built], recipe: Recipe) -> tuple[TokenSet, TokenSet]:
 
 
 def _held_out(groups: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which samples are for evaluation, bool [n]: a share of the rows, at least one and at most 200, never all."""
+    """Which samples are for evaluation, bool [n]: a share of the rows, rounded, at most 200 and never all."""
     rows = np.unique(groups)
-    count = min(_EVAL_ROWS, len(rows) - 1, max(1, round(fraction * len(rows)))) if fraction else 0
+    share = fraction * len(rows)
+    count = min(_EVAL_ROWS, len(rows) - 1, max(round(share), int(share >= 0.5)))  # round() makes half a row none
     return np.isin(groups, rows[permutation(seed, _SPLIT_STREAM, len(rows))[:count]])
 
 

@@ -13,7 +13,7 @@ from effitrain.core.plan import Plan
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import DataUse, Losses, Memory, Report
 from effitrain.core.spec import ModelSpec
-from effitrain.core.units import format_bytes
+from effitrain.core.units import counted, format_bytes
 from effitrain.data.prepare import DataStats
 from effitrain.evals.positions import ByPosition
 from effitrain.io.atomic import write_bytes, write_json, write_text
@@ -168,7 +168,7 @@ def _warnings(run: Outcome) -> Iterator[str]:
     lost = data.truncated + data.dropped
     if lost > _MANY * (data.samples + data.dropped):
         yield (
-            f"{data.truncated} samples were cut at {plan.settings.max_seq_len} tokens and {data.dropped} left out:"
+            f"{counted(data.truncated, 'sample')} cut at {plan.settings.max_seq_len} tokens, {data.dropped} left out:"
             " a larger --max-seq-len keeps more."
         )
     if not evals:

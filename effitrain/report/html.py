@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from effitrain.core.units import format_bytes
+from effitrain.core.units import counted, format_bytes
 from effitrain.report.curves import curve
 from effitrain.report.style import PAGE
 
@@ -134,7 +134,7 @@ def _steps(metrics: Sequence[Mapping[str, Any]], small: bool) -> str:
         for line in chosen
     ]
     of = " of the small model" if small else ""
-    return f"<details><summary>{len(metrics):,} steps{of}</summary>{_table(header, rows)}</details>"
+    return f"<details><summary>{counted(len(metrics), 'step')}{of}</summary>{_table(header, rows)}</details>"
 
 
 def _positions(buckets: Sequence[Mapping[str, Any]] | None) -> str:

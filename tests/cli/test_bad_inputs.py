@@ -48,6 +48,7 @@ USAGE = {
     "size without a unit": (lambda p: p.run(gpu_mem=20), ("--gpu-mem '20'", "is 20 bytes", "mean 20G?")),
     "size of nothing": (lambda p: p.run(host_mem="0G"), ("0G", "0 bytes", "20G")),
     "unknown card": (lambda p: p.run("plan", gpu="rtx4091"), ("rtx4091", "rtx4090")),
+    "unknown card of a run": (lambda p: p.run(gpu="rtx9999"), ("Unknown card 'rtx9999'", "rtx4090", "h200")),
     "card that is not here": (lambda p: p.run(gpu="rtx4090"), ("--gpu", "--dry-run")),
     "no such recipe": (lambda p: ["run", "--config", p.root / "none.yaml"], ("none.yaml", "--config")),
     "unknown key": (
@@ -83,7 +84,7 @@ DATA = {
     "not parquet": (lambda p: p.on("PAR0", "rows.parquet"), ("rows.parquet",)),
     "every answer cut off": (
         lambda p: p.on(json.dumps({"prompt": "long " * 40, "completion": "b"}), truncation="drop"),
-        ("all 1 samples were dropped", "--max-seq-len"),
+        ("1 sample dropped, none kept", "--max-seq-len"),
     ),
     "evaluation set that is missing": (lambda p: p.run(eval_dataset=p.root / "none.json"), ("none.json",)),
     "evaluation set without tokens": (

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effitrain.core.errors import InputError
-from effitrain.core.units import LEAST_BYTES, format_bytes, parse_bytes
+from effitrain.core.units import LEAST_BYTES, counted, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,11 @@ def test_what_is_too_small_asks_for_another_unit(text: str | int, meant: str) ->
 )
 def test_sizes_for_people(size: int, text: str) -> None:
     assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 samples"), (1, "1 sample"), (1330, "1,330 samples")])
+def test_one_thing_and_several(number: int, text: str) -> None:
+    assert counted(number, "sample") == text
 
 
 @given(st.integers(2 * LEAST_BYTES, 2**50))

@@ -184,8 +184,11 @@ def test_conversations_are_not_joined(jsonl, tokenizer):
 
 @pytest.mark.parametrize(
     ("rows", "fraction", "held_out"),
-    [(100, 0.05, 5), (100, 0, 0), (2, 0.05, 1), (1, 0.05, 0), (3, 0.9, 2), (5000, 0.05, 200), (30, 0.05, 2)],
-)
+    [
+        (100, 0.05, 5), (100, 0, 0), (2, 0.05, 0), (9, 0.05, 0), (10, 0.05, 1), (1, 0.9, 0), (3, 0.9, 2),
+        (5000, 0.05, 200), (30, 0.05, 2),
+    ],
+)  # fmt: skip
 def test_the_size_of_the_evaluation_split(jsonl, tokenizer, rows, fraction, held_out):
     prepared = made(tokenizer, jsonl(pairs(rows)), eval_fraction=fraction)
     assert len(prepared.eval) == held_out
@@ -231,8 +234,8 @@ def test_a_named_evaluation_set_is_taken_whole(jsonl, tokenizer):
         ([*pairs(2), {"prompt": "q", "completion": float("nan")}], {}, "my.jsonl row 3: the column completion is NaN"),
         (pairs(2), {"format": "alpaca"}, "which is not alpaca"),
         (pairs(2), {"template": "vicuna"}, "There is no template 'vicuna'"),
-        ([{"prompt": "q" * 900, "completion": "a"}] * 5, {}, "all 5 samples were dropped"),
-        ([{"messages": [{"role": "user", "content": "q"}]}], {}, "all 1 samples were dropped"),
+        ([{"prompt": "q" * 900, "completion": "a"}] * 5, {}, "5 samples dropped, none kept"),
+        ([{"messages": [{"role": "user", "content": "q"}]}], {}, "1 sample dropped, none kept"),
         ([{"prompt": "q" * 240, "completion": "a"}] * 5, {"template": "plain"}, "Only 10 of the 1220 tokens"),
     ],
 )

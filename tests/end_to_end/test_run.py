@@ -149,3 +149,15 @@ def test_dry_run_plans_and_leaves_nothing(effitrain, command, tmp_path):
     planned = effitrain(*command, "--dry-run", "--quiet", "--gpu", "rtx4090", "-o", tmp_path / "out")
     assert (planned.code, planned.out, planned.err) == (0, "", "")
     assert not list(tmp_path.rglob("*"))
+
+
+def test_too_few_rows_for_an_evaluation_set_are_all_trained_on(effitrain, command, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
+    answer = effitrain(*command, "--dataset", rows, "--max-steps", 1, "-o", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    assert "Data: 2 samples (" in answer.out and "0 samples for evaluation." in answer.out
+    assert "No sample is kept for evaluation: --eval-fraction 0.05 of 2 samples is none." in " ".join(
+        answer.out.split()
+    )
+    assert read(tmp_path / "out" / "report.json")["loss"]["eval_before"] is None
