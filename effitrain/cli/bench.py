@@ -46,23 +46,33 @@ def kernels(shapes: tuple[str, ...], tokens: tuple[int, ...], rank: tuple[int, .
 
 
 @command.command("step")
-@click.option("--model", default="llama-3.1-8b", show_default=True, help="Preset or folder whose shape is taken.")
+@click.option("--model", help="Preset or folder whose shape is taken.  [llama-3.1-8b; tiny on a CPU]")
 @click.option("--rows", type=click.IntRange(1), default=4, show_default=True, help="Samples of a step.")
-@click.option("--length", type=click.IntRange(2), default=2048, show_default=True, help="Tokens of a sample.")
+@click.option("--length", type=click.IntRange(2), help="Tokens of a sample.  [2048; 512 on a CPU]")
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of LoRA, on all linears.")
 @click.option("--steps", type=click.IntRange(1), default=8, show_default=True, help="Steps that count, after two.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def step(model: str, rows: int, length: int, rank: int, steps: int, as_json: bool) -> None:
+def step(model: str | None, rows: int, length: int | None, rank: int, steps: int, as_json: bool) -> None:
     """A step over synthetic NF4 weights: ours, without kernels, transformers + peft + bitsandbytes, and Unsloth."""
     import torch
 
     from effitrain.core.units import format_bytes
     from effitrain.evals.bench_kernels import versions
-    from effitrain.evals.bench_step import in_processes
+    from effitrain.evals.bench_step import check_memory, in_processes
 
-    where = "cuda bf16" if torch.cuda.is_available() else "cpu fp32"
+    def tell(text: str) -> None:
+        if not as_json:
+            click.echo(text, err=True)
+
+    on_card = torch.cuda.is_available()
+    if not on_card and model is None:
+        tell("There is no CUDA card here: this times a step of the built-in tiny model. --model names another.")
+    model, length = model or ("llama-3.1-8b" if on_card else "tiny"), length or (2048 if on_card else 512)
+    sizes, where = (rows, length, rank, steps), "cuda bf16" if on_card else "cpu fp32"
+    if not on_card:
+        check_memory(model, sizes)
     results = []
-    for result in in_processes(model, (rows, length, rank, steps), where):
+    for result in in_processes(model, sizes, where, tell):
         results.append(result)
         if as_json:
             continue

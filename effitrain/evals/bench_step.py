@@ -4,15 +4,18 @@ All train LoRA on every linear of the decoder over the same synthetic NF4 weight
 recomputed. A contender is measured in a process of its own, so that its peak is its own.
 """
 
+import ctypes
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +25,24 @@ from torch import Tensor, nn
 
 from effitrain.adapters.attach import attach
 from effitrain.adapters.base import AdapterConfig, Clock
+from effitrain.core.errors import BudgetError
+from effitrain.core.plan import make_plan
+from effitrain.core.recipe import make_recipe
+from effitrain.core.units import format_bytes
 from effitrain.data.batches import MicroBatch
 from effitrain.evals import peers
 from effitrain.evals.peers import UNSLOTH, stock_linear, write_checkpoint
+from effitrain.io.machine import find_budget
 from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
 from effitrain.model.decoder import build
 from effitrain.model.load import DTYPES, Base, fill, find_base
 from effitrain.train.loop import accumulate
+from effitrain.train.memory import StorageTracker
 
 CONTENDERS = ("effitrain", "effitrain without kernels", "transformers + peft + bitsandbytes", UNSLOTH)
 WARM_UP = 2
 SAME = 0.01  # of the first loss, from equal weights: rounding to bf16 in another order changes some 1e-3 of it
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Step = tuple[Callable[[], float], list[nn.Parameter]]
 
 
@@ -61,30 +71,63 @@ class Work:
 
 
 def measure(contender: str, work: Work) -> dict[str, Any]:
-    """Tokens a second, bytes at the peak and the loss of each step."""
+    """Tokens a second, bytes of tensors at the peak and the loss of each step."""
     torch.manual_seed(0)
-    step, parameters = {CONTENDERS[2]: _stock, UNSLOTH: _unsloth}.get(contender, _ours)(work)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    seconds, losses = [], []
-    for number in range(WARM_UP + work.steps):
-        if number == WARM_UP and work.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        losses.append(step())
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if work.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+    on_card, tracker = work.device.type == "cuda", StorageTracker()
+    with nullcontext() if on_card else tracker:  # which slows a step down, so that only those that warm up are tracked
+        step, parameters = {CONTENDERS[2]: _stock, UNSLOTH: _unsloth}.get(contender, _ours)(work)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        tracker.restart()  # what loading took besides is gone
+        losses = [_timed(step, optimizer, on_card)[0] for _ in range(WARM_UP)]
+    if on_card:
+        torch.cuda.reset_peak_memory_stats()
+    counted = [_timed(step, optimizer, on_card) for _ in range(work.steps)]
     return {
         "contender": contender,
-        "tokens_per_second": work.tokens.numel() / statistics.median(seconds[WARM_UP:]),
-        "peak_bytes": torch.cuda.max_memory_allocated() if work.device.type == "cuda" else 0,
-        "losses": losses,
+        "tokens_per_second": work.tokens.numel() / statistics.median(seconds for _, seconds in counted),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_card else tracker.peak,
+        "losses": losses + [loss for loss, _ in counted],
     }
 
 
-def in_processes(model: str, sizes: Sequence[int], where: str) -> Iterator[dict[str, Any]]:
+def _timed(step: Callable[[], float], optimizer: torch.optim.Optimizer, on_card: bool) -> tuple[float, float]:
+    """The loss of a step, and its seconds."""
+    started = time.perf_counter()
+    loss = step()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if on_card:
+        torch.cuda.synchronize()
+    return loss, time.perf_counter() - started
+
+
+def check_memory(model: str, sizes: Sequence[int]) -> None:
+    """Refuse a step that takes more memory than this machine has, before anything is loaded.
+
+    Args:
+        model: whose shape is taken.
+        sizes: rows, length, rank and steps.
+
+    Raises:
+        BudgetError: even ours does.
+    """
+    rows, length, rank, _ = sizes
+    fixed = {"recompute": "layer", "offload_activations": "off", "mlp_tiles": 1, "optimizer": "adamw"}
+    shape = {"batch_size": rows, "grad_accum": 1, "max_seq_len": length, "lora_r": rank}
+    recipe = make_recipe({"model": model, "fit": "resident", **fixed, **shape})
+    plan = make_plan(find_base(model, "synthetic").spec, recipe, find_budget(recipe))
+    if not plan.fits:
+        raise BudgetError(
+            f"A step of {rows} x {length} tokens with {model} takes {format_bytes(plan.peak_bytes)},"
+            f" and 80 % of what is free here is {format_bytes(plan.budget_bytes)}.",
+            next_step="Name a smaller --model, or fewer --rows or a shorter --length.",
+            plan=plan,
+        )
+
+
+def in_processes(
+    model: str, sizes: Sequence[int], where: str, tell: Callable[[str], None] = lambda text: None
+) -> Iterator[dict[str, Any]]:
     """What ``measure`` says of each contender, each in a process of its own; one that fails says why.
 
     ``same_loss`` of the others: whether their first loss is the first contender's.
@@ -93,13 +136,14 @@ def in_processes(model: str, sizes: Sequence[int], where: str) -> Iterator[dict[
         model: whose shape is taken.
         sizes: rows, length, rank and steps.
         where: device and dtype, such as ``cuda bf16``.
+        tell: told which one is being timed.
     """
     first = None
-    for contender in CONTENDERS:
-        if contender == UNSLOTH and not peers.installed("unsloth"):
-            continue
+    contenders = [name for name in CONTENDERS if name != UNSLOTH or peers.installed("unsloth")]
+    for number, contender in enumerate(contenders, 1):
+        tell(f"Timing {contender}, {number} of {len(contenders)}")
         off = {"EFFITRAIN_KERNELS_OFF": "all"} if contender == CONTENDERS[1] else {}
-        arguments = [contender, model, *map(str, sizes), *where.split()]
+        arguments = [contender, model, *map(str, sizes), *where.split(), str(os.getpid())]
         done = subprocess.run(
             [sys.executable, "-P", "-m", __name__, *arguments],
             env={**os.environ, **off},
@@ -116,12 +160,20 @@ def in_processes(model: str, sizes: Sequence[int], where: str) -> Iterator[dict[
 
 def main(contender: str, model: str, *arguments: str) -> None:
     """One contender in this process; the result is the last line."""
+    *sizes, device, dtype, parent = arguments
+    end_with(int(parent))
     if contender == UNSLOTH:  # before what it changes
         peers.import_unsloth()
-    *sizes, device, dtype = arguments
     rows, length, rank, steps = map(int, sizes)
     base = find_base(model, "synthetic")
     print(json.dumps(measure(contender, Work(base, rows, length, rank, steps, torch.device(device), DTYPES[dtype]))))
+
+
+def end_with(parent: int) -> None:
+    """Have the system kill this process when ``parent``, which started it, ends in whatever way."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        sys.exit(1)
 
 
 def _ours(work: Work) -> Step:

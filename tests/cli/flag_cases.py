@@ -214,7 +214,7 @@ CASES = {
         "--json": Case(said=NO_CARD),
     },
     "bench step": {
-        "--model": Case("tiny"),
+        "--model": Case("model"),
         "--rows": Case("3"),
         "--length": Case("64"),
         "--rank": Case("2"),

@@ -10,7 +10,7 @@ import importlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import mkdtemp
 from types import SimpleNamespace
@@ -141,7 +141,7 @@ def _tracked(**where: object) -> SimpleNamespace:
     return SimpleNamespace(log=lambda values, step: Path(f"sent-{step}.json").write_text(json.dumps(sorted(values))))
 
 
-def _timed(model: str, sizes: tuple[int, ...], where: str) -> Iterator[dict]:
+def _timed(model: str, sizes: tuple[int, ...], where: str, tell: Callable[[str], None]) -> Iterator[dict]:
     """In place of processes that train: what they were asked for, as the name of one."""
     figures = {"tokens_per_second": 1.0, "peak_bytes": 1, "losses": [1.0], "same_loss": True}
     yield {"contender": f"{model} {sizes} {where}", **figures}
