@@ -13,25 +13,27 @@ import torch
 from effitrain.adapters.variants import code_of
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.cut import alignment_recipe
+from effitrain.core.disk import output_bytes
 from effitrain.core.errors import BudgetError, InputError
 from effitrain.core.methods import SAMPLED
 from effitrain.core.plan import Plan, make_plan, resolve
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import Report
-from effitrain.core.units import counted
+from effitrain.core.units import counted, format_bytes
 from effitrain.data.prepare import PreparedData, prepare_data
 from effitrain.evals.events import Events
 from effitrain.evals.recovered import compare, facts
 from effitrain.evals.walked import ends
 from effitrain.io.atomic import remove_stale, write_json
 from effitrain.io.keep import KEEP, write_keep
-from effitrain.io.run_folder import RunFolder, open_run
+from effitrain.io.run_folder import LARGE, RunFolder, open_run
+from effitrain.io.stores import check_space, folder_bytes
 from effitrain.model.load import Base, find_base
 from effitrain.pruning.calibration import calibrate
 from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import Small, Training, make_small
 from effitrain.report.files import rope_figures, write_report
-from effitrain.train.job import chosen, make_batches
+from effitrain.train.job import chosen, make_batches, make_course
 from effitrain.train.memory import Meter
 from effitrain.train.probe import OverBudget
 from effitrain.train.state import checkpoints
@@ -71,6 +73,7 @@ def _carry_out(
     events.data(data)
     if recipe.eval_fraction and not recipe.eval_dataset and not len(data.eval):
         events.note(_no_evaluation(recipe, data))
+    _check_disk(recipe, folder, the_plan, base, data)
     device = torch.device(budget.device)
     meter = Meter(device)
     cap(device, the_plan)
@@ -98,6 +101,22 @@ def _carry_out(
 def _no_evaluation(recipe: Recipe, data: PreparedData) -> str:
     share = f"--eval-fraction {recipe.eval_fraction:g} of {counted(data.stats.samples, 'sample')}"
     return f"No sample is kept for evaluation: {share} is none. Name other data with --eval-dataset."
+
+
+def _check_disk(recipe: Recipe, folder: RunFolder, the_plan: Plan, base: Base, data: PreparedData) -> None:
+    """Refuse a run whose checkpoints and results the disk has no room for, before the model is loaded.
+
+    Raises:
+        InputError: they take more than is free.
+    """
+    steps = make_course(recipe, make_batches(data.train, recipe), the_plan.settings.at_once).steps
+    there = sum(folder_bytes(folder.path / name) for name in LARGE)
+    needed = output_bytes(base.spec, recipe, the_plan, steps) - there
+    fewer = output_bytes(base.spec, recipe.model_copy(update={"keep_checkpoints": 1}), the_plan, steps) - there
+    another = "name an output folder on a larger disk with -o."
+    leaner = f"Keep fewer with --keep-checkpoints 1, which takes {format_bytes(fewer)}, or {another}"
+    step = leaner if fewer < needed else another.capitalize()
+    check_space(folder.path, "What the run saves", needed, step)
 
 
 def _make_small(

@@ -10,6 +10,7 @@ from effitrain.adapters.base import AdapterConfig
 from effitrain.core.blobs import SLOTS
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.cut import small_spec
+from effitrain.core.disk import save_interval
 from effitrain.core.methods import CHANGES_MODEL
 from effitrain.core.placement import Placement, place
 from effitrain.core.plan import Plan, for_tokens
@@ -198,7 +199,7 @@ def _samples(
 
 def _saver(job: Job, recipe: Recipe, folder: RunFolder) -> Checkpoints:
     target, steps = folder.path / "checkpoints", job.course.steps
-    every = recipe.save_every or max(1, steps // 10)
+    every = save_interval(recipe, steps)
     return Checkpoints(target, job.trainable, job.optimizer, every, recipe.keep_checkpoints, steps)
 
 

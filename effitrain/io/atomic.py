@@ -89,6 +89,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield tmp
         _sync_tree(tmp)
         _put(tmp, path)
+    except Unwritable as error:
+        raise _renamed(error, tmp, path) from None
     except OSError as error:
         if error.errno in _DISK_FULL or str(error.filename).startswith((str(tmp), str(path))):
             raise _unwritable(path, error.strerror) from None
@@ -176,6 +178,11 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _renamed(error: Unwritable, tmp: Path, path: Path) -> Unwritable:
+    """``error`` of a file within ``tmp``, by the name that it would have had: nobody knows the hidden one."""
+    return Unwritable(error.fact.replace(str(tmp), str(path)), next_step=error.next_step)
 
 
 def _unwritable(path: Path, reason: str | None) -> Unwritable:

@@ -24,13 +24,12 @@ from torch import Tensor
 from effitrain.core.errors import InputError
 from effitrain.core.layout import NF4, Field, Layout, Part
 from effitrain.core.paths import path_of
-from effitrain.core.units import format_bytes
 from effitrain.io.atomic import Unwritable, remove_folder, remove_stale, write_json
 from effitrain.io.checkpoint import read_tensor
 from effitrain.io.manifest import verify_manifest, write_manifest
 from effitrain.io.model_folder import StoredTensor, read_header
 from effitrain.io.nf4 import NF4Tensor
-from effitrain.io.stores import ABOUT, SUFFIX, folder_bytes
+from effitrain.io.stores import ABOUT, SUFFIX, check_space, folder_bytes
 
 VERSION = 1  # raise it when the same checkpoint would give other bytes
 EMBEDDING_FILE, HEAD_FILE = Path("embedding.safetensors"), Path("head.safetensors")
@@ -244,7 +243,8 @@ def building(root: Path, key: StoreKey, layouts: tuple[Layout, ...], tables_byte
             return
         remove_stale(partial)
         remove_stale(partial / "layers")
-        _check_space(partial, sum(layout.nbytes for layout in layouts) + tables_bytes)
+        needed = sum(layout.nbytes for layout in layouts) + tables_bytes - folder_bytes(partial)
+        check_space(root, "The store", needed, _ELSEWHERE)
         kinds = list(dict.fromkeys(layouts))
         about = {"version": VERSION, "key": asdict(key), "layers": [kinds.index(layout) for layout in layouts]}
         write_json(partial / ABOUT, {**about, "layouts": [asdict(layout) for layout in kinds]})
@@ -257,17 +257,6 @@ def building(root: Path, key: StoreKey, layouts: tuple[Layout, ...], tables_byte
 
 
 _ELSEWHERE = "Set XDG_CACHE_HOME to a folder on a larger disk, or make room with `effitrain store rm`."
-
-
-def _check_space(partial: Path, needed: int) -> None:
-    there = folder_bytes(partial)
-    free = shutil.disk_usage(partial).free
-    if needed - there > free:
-        raise InputError(
-            f"The store takes {format_bytes(needed - there)} more in {partial.parent}, and"
-            f" {format_bytes(free)} are free there.",
-            next_step=_ELSEWHERE,
-        )
 
 
 @contextmanager

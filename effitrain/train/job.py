@@ -73,7 +73,7 @@ def assemble(
     optimizer = make_optimizer(chosen(recipe.optimizer), made.parameters, chosen(recipe.lr), recipe.weight_decay)
     if made.lisa:
         made.lisa.optimizer = optimizer
-    course = _course(recipe, batches, at_once)
+    course = make_course(recipe, batches, at_once)
     return Job(decoder, made.adapters, clock, made.tensors, optimizer, batches, course, made.lisa)
 
 
@@ -94,7 +94,8 @@ def tile_of(recipe: Recipe) -> int | None:
     return -(-tokens // tiles) if tiles > 1 else None
 
 
-def _course(recipe: Recipe, batches: Batches, at_once: int) -> Course:
+def make_course(recipe: Recipe, batches: Batches, at_once: int) -> Course:
+    """The steps that ``recipe`` takes with ``batches``, and their pace."""
     accum = chosen(recipe.grad_accum)
     in_epochs = math.ceil(batches.per_epoch * recipe.epochs)
     steps = recipe.max_steps or math.ceil(in_epochs / accum)

@@ -4,8 +4,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from effitrain.core.disk import output_bytes
+from effitrain.core.recipe import make_recipe, read_recipe_file
+from effitrain.io.stores import folder_bytes
+from effitrain.model.load import find_base
+from effitrain.planning import plan
 
 STEPS = 12
 PLAN_KEYS = {
@@ -121,6 +128,23 @@ def test_the_report_is_one_page_of_its_own(out):
     page = (out / "report.html").read_text(encoding="utf-8")
     assert 'src="data:image/png;base64,' in page and "http-equiv" not in page and "<script src" not in page
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_its_checkpoints_take_the_disk_that_was_forecast(out):
+    recipe = make_recipe(read_recipe_file(out / "recipe.yaml"))
+    forecast = output_bytes(find_base(recipe.model).spec, recipe, plan(recipe), STEPS)
+    held = folder_bytes(out / "checkpoints") * 3 // 2  # two are kept, and a third was written beside them
+    assert forecast == pytest.approx(held, rel=0.05) and forecast < held
+
+
+def test_a_disk_too_full_for_them_is_told_before_loading(effitrain, command, tmp_path, monkeypatch):
+    """There is room for a checkpoint of 366 KiB beside one that is kept, and not for a third."""
+    monkeypatch.setattr("effitrain.io.stores.shutil.disk_usage", lambda path: SimpleNamespace(free=800 * 2**10))
+    answer = effitrain(*command, "-o", tmp_path / "out")
+    assert answer.code == 2 and "Evaluation" not in answer.out and not list(tmp_path.rglob("step-*"))
+    assert f"more in {tmp_path / 'out'}, and 800 KiB are free there: " in answer.err
+    assert "KiB are missing.\nKeep fewer with --keep-checkpoints 1, which takes" in answer.err
+    assert effitrain(*command, "-o", tmp_path / "out", "--keep-checkpoints", 1).code == 0
 
 
 def test_finished_is_finished(effitrain, command, out, digests):

@@ -119,6 +119,18 @@ def test_folder_where_a_file_is(tmp_path):
     assert (tmp_path / "out").read_text() == "mine" and names(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("write", [atomic.write_text, lambda path, text: atomic.write_bytes(path, text.encode())])
+def test_a_full_disk_within_a_folder_names_the_folder_that_is_wanted(tmp_path, monkeypatch, write):
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(atomic, "_sync", full)
+    with pytest.raises(InputError) as caught, atomic_folder(tmp_path / "step-7") as tmp:
+        write(tmp / "state.json", "{}")
+    assert caught.value.fact == f"{tmp_path}/step-7/state.json cannot be written: full."
+    assert "Check free space" in caught.value.next_step and names(tmp_path) == []
+
+
 def test_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
     rename = Path.rename
 
