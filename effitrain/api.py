@@ -38,7 +38,7 @@ from effitrain.io.machine import find_budget
 from effitrain.io.model_folder import read_config
 from effitrain.io.run_folder import RunFolder, check_positions, open_run, positions_beside, positions_of_small
 from effitrain.model.load import Base, find_base
-from effitrain.planning import at_positions, plan, recipe, with_download
+from effitrain.planning import at_positions, plan, recipe, with_defaults, with_download
 from effitrain.pruning.calibration import calibrate
 from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import make_small
@@ -99,6 +99,7 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
     _check_starting_points(recipe, base)
     budget = measured(find_budget(recipe))
     the_plan = with_download(make_plan(base.spec, recipe, budget), base.source, recipe)
+    the_plan = with_defaults(the_plan, base.source, recipe)
     if prove_plan and the_plan.fits:
         the_plan = proved(the_plan, base.spec, base.source.config, recipe, budget.device)
     events.planned(the_plan)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from effitrain.core.methods import METHODS, SAMPLED
+from effitrain.core.names import flag_of
 from effitrain.core.plan import Plan, make_plan
 from effitrain.core.positions import scaled_config, settled
 from effitrain.core.presets import find_preset
@@ -42,7 +43,8 @@ def plan(recipe: Recipe) -> Plan:
     recipe, config = at_positions(recipe, source.config)
     spec = spec_from_config(config, recipe.model)
     named = recipe.gpu is not None or recipe.gpu_mem is not None
-    return with_download(make_plan(spec, recipe, find_budget(recipe, assume_card=named)), source, recipe)
+    made = make_plan(spec, recipe, find_budget(recipe, assume_card=named))
+    return with_defaults(with_download(made, source, recipe), source, recipe)
 
 
 def with_download(plan: Plan, source: ModelSource, recipe: Recipe) -> Plan:
@@ -55,6 +57,17 @@ def with_download(plan: Plan, source: ModelSource, recipe: Recipe) -> Plan:
     size = format_bytes(2 * plan.model.params)
     told = f"Unless the hub's cache holds them, {size} of weights are downloaded {where}."
     return replace(plan, reasons=(*plan.reasons, told))
+
+
+def with_defaults(plan: Plan, source: ModelSource, recipe: Recipe) -> Plan:
+    """``plan`` with what the preset brings, where the user names nothing else."""
+    defaults = dict(source.preset.defaults) if source.preset else {}
+    if recipe.max_steps:
+        defaults.pop("epochs", None)
+    taken = [f"{flag_of(name)} {value:g}" for name, value in defaults.items() if getattr(recipe, name) == value]
+    if not taken or not plan.fits:
+        return plan
+    return replace(plan, reasons=(*plan.reasons, f"The preset {source.name} brings {' and '.join(taken)}."))
 
 
 def at_positions(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:

@@ -152,13 +152,16 @@ class Recipe(BaseModel):
         None, "Micro-steps a step; from the plan, 16 samples a step", group="training", ge=1
     )
     lr: Annotated[float | None, Auto] = _flag(
-        None, "Peak learning rate; 2e-4 for adapters, 1e-5 for weights", group="training", gt=0
+        None,
+        "Peak learning rate; 2e-4 for adapters, 1e-5 for weights, 5e-3 for the built-in model",
+        group="training",
+        gt=0,
     )
     schedule: Literal["cosine", "linear", "constant"] = _flag(
         "cosine", "Learning-rate schedule; cosine ends at 10 %", group="training"
     )
     warmup: float = _flag(0.03, "Warm-up, as a share of the run", group="training", ge=0, lt=1)
-    epochs: float = _flag(1.0, "Passes over the data", group="training", gt=0)
+    epochs: float = _flag(1.0, "Passes over the data; 3 for the built-in model", group="training", gt=0)
     max_steps: int | None = _flag(None, "Train for N steps, whatever --epochs says", group="training", ge=1)
     seed: int = _flag(42, "Seed of every random choice", group="training", ge=0, lt=2**63)
     weight_decay: float = _flag(0.0, "AdamW weight decay", group="training", ge=0)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,22 @@ def test_script_preset_and_folder_agree(monkeypatch):
     assert {key: made[key] for key in preset.config} == preset.config
     spec = spec_from_config(preset.config, "tiny")
     assert 0.9e6 < spec.params < 1.3e6 and spec.num_kv_heads < spec.num_heads
+
+
+def test_help_and_plan_tell_what_it_brings():
+    from effitrain.core.presets import find_preset
+    from effitrain.core.recipe import Recipe
+    from effitrain.planning import plan, recipe
+
+    preset = find_preset("tiny")
+    assert preset is not None and preset.defaults.keys() == {"lr", "epochs"}
+    for name, value in preset.defaults.items():
+        numbers = re.findall(r"[\d.e-]+", str(Recipe.model_fields[name].description))
+        assert value in map(float, (number.rstrip(".") for number in numbers if number[0].isdigit()))
+    brings = "The preset tiny brings --lr 0.005 and --epochs 3."
+    assert brings in plan(recipe(host_mem="8G")).reasons
+    assert "The preset tiny brings --lr 0.005." in plan(recipe(max_steps=3, host_mem="8G")).reasons
+    assert not [r for r in plan(recipe(lr=1e-3, epochs=1, host_mem="8G")).reasons if r.startswith("The preset")]
 
 
 def test_the_script_makes_the_instruction_set_to_the_byte(tmp_path):
