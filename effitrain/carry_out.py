@@ -19,7 +19,8 @@ from effitrain.core.methods import SAMPLED
 from effitrain.core.plan import Plan, make_plan, resolve
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import Report
-from effitrain.core.units import counted, format_bytes
+from effitrain.core.units import counted, format_bytes, format_duration
+from effitrain.data.batches import Batches
 from effitrain.data.prepare import PreparedData, prepare_data
 from effitrain.evals.events import Events
 from effitrain.evals.recovered import compare, facts
@@ -34,6 +35,7 @@ from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import Small, Training, make_small
 from effitrain.report.files import rope_figures, write_report
 from effitrain.train.job import chosen, make_batches, make_course
+from effitrain.train.loop import Course
 from effitrain.train.memory import Meter
 from effitrain.train.probe import OverBudget
 from effitrain.train.state import checkpoints
@@ -73,7 +75,10 @@ def _carry_out(
     events.data(data)
     if recipe.eval_fraction and not recipe.eval_dataset and not len(data.eval):
         events.note(_no_evaluation(recipe, data))
-    _check_disk(recipe, folder, the_plan, base, data)
+    batches = make_batches(data.train, recipe)
+    course = make_course(recipe, batches, the_plan.settings.at_once)
+    events.note(_ahead(course, data, batches, the_plan))
+    _check_disk(recipe, folder, the_plan, base, course.steps)
     device = torch.device(budget.device)
     meter = Meter(device)
     cap(device, the_plan)
@@ -103,13 +108,22 @@ def _no_evaluation(recipe: Recipe, data: PreparedData) -> str:
     return f"No sample is kept for evaluation: {share} is none. Name other data with --eval-dataset."
 
 
-def _check_disk(recipe: Recipe, folder: RunFolder, the_plan: Plan, base: Base, data: PreparedData) -> None:
+def _ahead(course: Course, data: PreparedData, batches: Batches, the_plan: Plan) -> str:
+    """How long the run is; in hours too on a card, whose speed the plan estimates."""
+    tokens = round(data.train.lengths.sum() * course.micro_batches / batches.per_epoch)
+    text = f"Training: {counted(course.steps, 'step')}, about {tokens:,} tokens"
+    if not the_plan.overhead_bytes:
+        return f"{text}."
+    speed = the_plan.tokens_per_second_estimate
+    return f"{text}: {format_duration(tokens / speed)} at {speed:,.0f} tokens/s, as the plan estimates."
+
+
+def _check_disk(recipe: Recipe, folder: RunFolder, the_plan: Plan, base: Base, steps: int) -> None:
     """Refuse a run whose checkpoints and results the disk has no room for, before the model is loaded.
 
     Raises:
         InputError: they take more than is free.
     """
-    steps = make_course(recipe, make_batches(data.train, recipe), the_plan.settings.at_once).steps
     there = sum(folder_bytes(folder.path / name) for name in LARGE)
     needed = output_bytes(base.spec, recipe, the_plan, steps) - there
     fewer = output_bytes(base.spec, recipe.model_copy(update={"keep_checkpoints": 1}), the_plan, steps) - there

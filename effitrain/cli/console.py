@@ -1,6 +1,7 @@
 """What the terminal shows of a run, from the plan to the last step."""
 
 import sys
+from time import monotonic
 
 from rich.console import Console as Terminal
 from rich.text import Text
@@ -10,7 +11,7 @@ from effitrain.api import Events
 from effitrain.cli.plan_table import print_plan
 from effitrain.cli.wrap import wrapped
 from effitrain.core.plan import Plan
-from effitrain.core.units import counted, format_bytes
+from effitrain.core.units import counted, format_bytes, format_duration
 from effitrain.data.prepare import PreparedData
 from effitrain.evals.perplexity import Evaluation
 from effitrain.train.hooks import StepRecord
@@ -24,6 +25,7 @@ class Console(Events):
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
+        self.began, self.done_before = 0.0, 0  # of training: seconds of the clock, and steps
         self.width = Terminal().width
 
     def note(self, text: str) -> None:
@@ -75,6 +77,7 @@ class Console(Events):
 
     def training(self, done: int, steps: int) -> None:
         """Open the bar."""
+        self.began, self.done_before = monotonic(), done
         self.bar = _bar("training", steps, done)
 
     def step(self, record: StepRecord) -> None:
@@ -84,11 +87,16 @@ class Console(Events):
         speed, memory = f"{record.tokens_per_second:,.0f} tok/s", format_bytes(record.device_peak_bytes)
         told, steps = f"loss {record.loss:.3f}, {speed}, {memory}", self.bar.total
         if self.bar.disable and record.step * LOGGED_LINES // steps > (record.step - 1) * LOGGED_LINES // steps:
-            self.note(f"Step {record.step} of {steps}: {told}")
+            self.note(f"Step {record.step} of {steps}: {told}{self._left(record.step, steps)}")
         self.bar.set_postfix_str(told)
         self.bar.update()
         if record.step == steps:
             self.close()
+
+    def _left(self, step: int, steps: int) -> str:
+        """The time that the steps to come take at the pace of those since the beginning."""
+        pace = (monotonic() - self.began) / (step - self.done_before)
+        return f", {format_duration(pace * (steps - step))} left" if step < steps else ""
 
     def close(self) -> None:
         """End an open bar, so that what is printed next begins a line."""

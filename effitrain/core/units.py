@@ -33,6 +33,17 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
+def format_duration(seconds: float) -> str:
+    """``seconds`` for people, in two units at most: ``45 s``, ``12 min``, ``2 h 44 min``, ``3 d 4 h``."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, days = minutes // 60, minutes // 1440
+    if hours == 0:
+        return f"{minutes} min"
+    return f"{days} d {hours % 24} h" if days else f"{hours} h {minutes % 60} min"
+
+
 def format_bytes(size: int) -> str:
     """``size`` in bytes for people, in binary units: ``32.9 GiB``, ``441 MiB``, ``17 B``."""
     value = float(size)

@@ -3,6 +3,7 @@
 import io
 import sys
 from functools import partial
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,19 @@ def test_a_log_gets_a_line_every_tenth_and_no_bar(streams, steps, done, lines):
     assert len(told) == lines and not err.getvalue()
     if lines:
         assert told[-1] == f"Step {steps} of {steps}: loss 1.250, 12,346 tok/s, 3.0 GiB"
+
+
+def test_a_log_says_how_long_is_left_at_the_pace_since_it_began(streams, monkeypatch):
+    """A resumed run took other steps in another process, at another pace."""
+    out, _ = streams(io.StringIO)
+    seconds = count(100.0, 50.0)
+    monkeypatch.setattr("effitrain.cli.console.monotonic", seconds.__next__)
+    console = Console()
+    console.training(10, 20)
+    for step in range(11, 21):
+        console.step(StepRecord(step, 1.25, 1e-3, 0.5, 4096, 12345.6, 0))
+    ends = [line.partition("0 B")[2] for line in out.getvalue().splitlines()]
+    assert ends == [", 3 min left", ", 2 min left", ", 2 min left", ", 50 s left", ""]  # a look at the clock, 50 s
 
 
 @pytest.mark.parametrize(("parts", "lines"), [(82, 10), (4, 4)])

@@ -3,7 +3,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effitrain.core.errors import InputError
-from effitrain.core.units import LEAST_BYTES, counted, format_bytes, parse_bytes
+from effitrain.core.units import LEAST_BYTES, counted, format_bytes, format_duration, parse_bytes
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (3599, "1 h 0 min"), (9840, "2 h 44 min"), (273600, "3 d 4 h")],
+)
+def test_times_for_people(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
