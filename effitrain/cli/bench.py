@@ -7,7 +7,7 @@ import click
 
 @click.group("bench")
 def command() -> None:
-    """Time the kernels on this machine's card, after checking them."""
+    """Time kernels and steps on this machine, after checking them."""
 
 
 @command.command("kernels")

@@ -3,7 +3,7 @@
 import click
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Check the machine, the packages, and that training is right.")
 def command() -> None:
     """Check the machine, the packages, and that training here is right; exit 1 when something is wrong."""
     from effitrain.evals.doctor import checks

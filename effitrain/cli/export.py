@@ -8,7 +8,7 @@ from tqdm import tqdm
 from effitrain.cli.flags import recipe_fields, recipe_flags
 
 
-@click.command("export")
+@click.command("export", short_help="Write an adapter for peft, vLLM and llama.cpp, or merge it.")
 @recipe_flags(["model", "output_dir"])
 @click.option("--adapter", metavar="DIR", required=True, help="Adapter folder, or a run folder that holds one.")
 @click.option(

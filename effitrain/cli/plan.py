@@ -8,7 +8,7 @@ import click
 from effitrain.cli.flags import recipe_fields, recipe_flags
 
 
-@click.command("plan")
+@click.command("plan", short_help="Say what fits and where every byte goes; no weights, no GPU.")
 @recipe_flags()
 @click.option("--prove", is_flag=True, help="Check it by running the real step on shapes alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print plan.json.")

@@ -12,7 +12,7 @@ _DATA = [*DATA_FIELDS, "eval_dataset", "eval_fraction", "seed", "quant", "dtype"
 _LENGTH = ["max_seq_len", "rope_scaling", "rope_factor"]
 
 
-@click.command("prune")
+@click.command("prune", short_help="Write a structurally pruned model folder to train on.")
 @recipe_flags(["model", *_CHOICES, *_DATA, *_LENGTH, "output_dir"])
 def command(**flags: Any) -> None:
     """Write a structurally pruned model folder to train on, aligned to the full-size model."""

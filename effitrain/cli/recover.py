@@ -7,7 +7,7 @@ import click
 from effitrain.cli.flags import recipe_fields, recipe_flags
 
 
-@click.command("recover")
+@click.command("recover", short_help="Turn a small model's adapter into the full-size model's.")
 @recipe_flags(["model", "output_dir"])
 @click.option("--adapter", metavar="DIR", required=True, help="Adapter of the small model, or a run folder with one.")
 @click.option("--keep", metavar="FILE", required=True, help="keep.safetensors, or the small model's folder.")

@@ -9,7 +9,7 @@ from effitrain.cli.flags import recipe_fields, recipe_flags
 from effitrain.core.errors import BudgetError
 
 
-@click.command("run")
+@click.command("run", short_help="Plan, load, train, evaluate and report.")
 @recipe_flags()
 @click.option("--prove", is_flag=True, help="Check the plan by running its step on shapes alone, before loading.")
 @click.option("--dry-run", is_flag=True, help="Stop after the plan; nothing is loaded.")

@@ -8,7 +8,7 @@ from effitrain.core.errors import InputError
 from effitrain.core.units import format_bytes
 
 
-@click.group("store")
+@click.group("store", short_help="See, check and remove the stores that layers stream from.")
 def command() -> None:
     """See, check and remove the quantised models that layers stream from."""
 

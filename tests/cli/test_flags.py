@@ -73,6 +73,7 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage: ") == len(VERBS) + 1 and not done.stderr
+    assert "..." not in done.stdout.partition("Commands:")[2].partition("Usage: ")[0]  # what a verb does, to the end
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
