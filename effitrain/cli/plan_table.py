@@ -15,7 +15,7 @@ from effitrain.core.units import format_bytes
 _UNTOLD = {("at_once", 1), ("mlp_tiles", 1), ("work", "train")}  # settings that go without saying
 _WORDS = {
     "offload": "layer inputs offloaded",
-    "streamed": "{} layers streamed",
+    "streamed": "streamed layers {}",
     "on_disk": "{} of them from the disk",
     "at_once": "{} micro-batches at once",
 }

@@ -1,6 +1,6 @@
 """How many bytes a run may take on the device and on the host."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from effitrain.core.cards import CARDS, TYPICAL, Rates, cpu_rates, find_card, rates_of
@@ -15,6 +15,8 @@ CUDA_OVERHEAD_BYTES = GIB * 12 // 10
 CUDA_SLACK_BYTES = GIB * 6 // 10
 # Share of the free host memory that a run takes by default.
 _HOST_SHARE = (8, 10)
+# Share of what is free now that is counted on to be free for the next command.
+_STEADY_SHARE = (98, 100)
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,13 @@ def make_budget(
     half = find_card(recipe.gpu).half if recipe.gpu else "bf16"
     rates = find_card(recipe.gpu).rates if recipe.gpu else rates_of(card) or CARDS[TYPICAL].rates
     return MemoryBudget(min(asked, gpu_free), host_bytes, CUDA_OVERHEAD_BYTES, "cuda", card, notices, half, rates)
+
+
+def with_margin(budget: MemoryBudget, recipe: Recipe) -> MemoryBudget:
+    """``budget`` less what may not be free any more when the next command asks; what ``recipe`` names stays."""
+    part, whole = _STEADY_SHARE
+    gpu, host = budget.gpu_bytes * part // whole, budget.host_bytes * part // whole
+    named = recipe.gpu_mem or recipe.gpu
+    return replace(
+        budget, gpu_bytes=budget.gpu_bytes if named else gpu, host_bytes=budget.host_bytes if recipe.host_mem else host
+    )

@@ -1,16 +1,19 @@
 """What a plan offers besides itself: the other ways to fit, and changes of what the recipe fixes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from effitrain.core.budget import MemoryBudget
+from effitrain.core.budget import MemoryBudget, with_margin
 from effitrain.core.choices import SAMPLES_PER_STEP, TILE_TOKENS, sequence_length
+from effitrain.core.errors import InputError
+from effitrain.core.ledger import Work
 from effitrain.core.names import flag_of
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 from effitrain.core.units import format_bytes
-from effitrain.core.ways import Way, ways
+from effitrain.core.ways import PRUNE_RATIOS, Way, choose, prunable
 
 # Shorter sequences are offered in multiples of this.
 LENGTH_STEP = 64
@@ -29,39 +32,84 @@ class Alternative:
     why: str
 
 
-def other_ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, chosen: Way) -> list[Alternative]:
-    """The other ways: resident, streamed, and pruned at each ratio of the table, streamed too where it must."""
-    found: dict[tuple[str, float | None], Way] = {}
-    anew = recipe.changed(fit="auto", prune_ratio=None, resident_layers=None, small_model=None)
-    for way in ways(spec, anew, budget, chosen.work):
-        known = found.setdefault((way.fit, way.prune_ratio), way)
-        if way.fits and not known.fits:
-            found[way.fit, way.prune_ratio] = way
-    return [_offer(way) for key, way in found.items() if key != (chosen.fit, chosen.prune_ratio)]
+@dataclass(frozen=True)
+class Asked:
+    """What a plan was asked for."""
+
+    spec: ModelSpec
+    recipe: Recipe
+    budget: MemoryBudget
+    work: Work
+
+    def changed(self, change: Mapping[str, Any]) -> "Asked":
+        """The same with fields of the recipe replaced.
+
+        Raises:
+            InputError: the recipe contradicts itself then.
+        """
+        return replace(self, recipe=self.recipe.changed(**change))
+
+    @property
+    def way(self) -> Way:
+        """What the plan takes."""
+        return choose(self.spec, self.recipe, self.budget, self.work)
 
 
-def leaner(way: Way) -> list[Alternative]:
+def other_ways(asked: Asked, chosen: Way) -> list[Alternative]:
+    """The other ways: resident, streamed, and pruned at each ratio of the table, as a plan with those flags is."""
+    pruning = asked.recipe.fields_in("pruning")
+    others: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        ({"fit": "resident"}, ("resident_layers", "stream_order", *pruning)),
+        ({"fit": "stream"}, ("resident_layers", *pruning)),
+    ]
+    for ratio in PRUNE_RATIOS if prunable(asked.spec, asked.recipe) else ():
+        anew = ("resident_layers", "small_model", "prune_method")
+        others.append(({"fit": "prune", "prune_ratio": ratio}, anew))
+    here = chosen.fit, chosen.prune_ratio
+    offers = [_other(asked, *other) for other in others if (other[0]["fit"], other[0].get("prune_ratio")) != here]
+    return [offer for offer in offers if offer]
+
+
+def leaner(asked: Asked, chosen: Way) -> list[Alternative]:
     """Where nothing fits: single changes of what is fixed, else the first that suffice together; a shorter length."""
-    changes = list(_changes(way))
-    offers = [_changed(way, change) for change in changes]
+    changes = list(_changes(chosen))
+    offers = [_changed(asked, change) for change in changes]
     together: dict[str, Any] = {}
     for change in changes:
         if any(offer.fits for offer in offers):
             break
         together |= change
         if len(together) > len(change):
-            offers.append(_changed(way, together))
+            offers.append(_changed(asked, together))
     for base in ({}, together):
-        if length := _longest(way, way.recipe.changed(**base)):
-            offers.append(_changed(way, {**base, "max_seq_len": length}))
+        if length := _longest(asked.changed(base)):
+            offers.append(_changed(asked, {**base, "max_seq_len": length}))
             break
-    return [offer for offer in offers if offer.peak_bytes < way.best.peak]
+    if asked.recipe.fit == "auto" and offers and offers[-1].fit == "prune":
+        offers += _exact_but_shorter(asked)
+    return [offer for offer in offers if offer.fits or offer.peak_bytes < chosen.best.peak]
 
 
-def _offer(way: Way) -> Alternative:
-    """A way as it is, by the flags it takes."""
-    flags = f"--fit {way.fit}" + (f" --prune-ratio {way.prune_ratio:g}" if way.prune_ratio is not None else "")
-    return _alternative(way, flags if way.fits else _shortage(way))
+def _other(asked: Asked, change: Mapping[str, Any], without: Iterable[str]) -> Alternative | None:
+    """Another way by the flags it takes, and those of ``without`` that were given and must go; None where what else was
+    asked for forbids it.
+    """
+    fields = type(asked.recipe).model_fields
+    left = {name: fields[name].default for name in without if name not in change}
+    gone = [name for name, default in left.items() if getattr(asked.recipe, name) != default]
+    try:
+        way = asked.changed({**left, **change}).way
+    except InputError:
+        return None
+    words = _flags(change) + (f" without {' '.join(map(flag_of, gone))}" if gone else "")
+    return _alternative(way, words if way.fits else _shortage(way))
+
+
+def _exact_but_shorter(asked: Asked) -> Iterator[Alternative]:
+    """What fits without pruning, where longer sequences fit a pruned model alone."""
+    with suppress(InputError):
+        if length := _longest(asked.changed({"fit": "stream"})):
+            yield _changed(asked, {"fit": "stream", "max_seq_len": length})
 
 
 def _shortage(way: Way) -> str:
@@ -71,9 +119,12 @@ def _shortage(way: Way) -> str:
     return f"At {way.best.settings.tokens} tokens it is {' and '.join(short)}."
 
 
-def _changed(way: Way, change: Mapping[str, Any]) -> Alternative:
-    flags = " ".join(f"{flag_of(field)} {value}" for field, value in change.items())
-    return _alternative(replace(way, recipe=way.recipe.changed(**change)), flags)
+def _changed(asked: Asked, change: Mapping[str, Any]) -> Alternative:
+    return _alternative(asked.changed(change).way, _flags(change))
+
+
+def _flags(change: Mapping[str, Any]) -> str:
+    return " ".join(f"{flag_of(field)} {value}" for field, value in change.items())
 
 
 def _alternative(way: Way, why: str) -> Alternative:
@@ -91,6 +142,8 @@ def _changes(way: Way) -> Iterator[dict[str, Any]]:
         yield {"offload_activations": "on"}
     if recipe.mlp_tiles == 1 and not recipe.lora_dropout and way.best.settings.tokens > TILE_TOKENS:
         yield {"mlp_tiles": -(-way.best.settings.tokens // TILE_TOKENS)}
+    if recipe.resident_layers:
+        yield {"resident_layers": "auto"}
     if recipe.batch_size and recipe.batch_size > 1:
         samples = recipe.batch_size * recipe.grad_accum if recipe.grad_accum else SAMPLES_PER_STEP
         yield {"batch_size": 1, "grad_accum": samples} if training else {"batch_size": 1}
@@ -102,11 +155,23 @@ def _changes(way: Way) -> Iterator[dict[str, Any]]:
         yield {"quant": "nf4"}
 
 
-def _longest(way: Way, recipe: Recipe) -> int | None:
-    """The longest sequence below the recipe's, in steps of 64 tokens, that fits with the leanest open settings."""
-    low, high = 0, (sequence_length(way.spec, recipe) - 1) // LENGTH_STEP
+def _longest(asked: Asked) -> int | None:
+    """The longest sequence below the recipe's, in steps of 64 tokens, that fits any way, and does so when less is free
+    by the time it is tried.
+    """
+    recipe, budget = asked.recipe, with_margin(asked.budget, asked.recipe)
+    smallest = {"batch_size": recipe.batch_size or 1}  # nothing takes less, and the search has a tenth of the choices
+    if recipe.stream_order != "layer":
+        smallest["grad_accum"] = recipe.grad_accum or 1
+
+    def fits(steps: int) -> bool:
+        shorter = recipe.changed(**smallest, max_seq_len=steps * LENGTH_STEP)
+        return replace(asked, recipe=shorter, budget=budget).way.fits
+
+    low, high = 1, (sequence_length(asked.spec, recipe) - 1) // LENGTH_STEP
+    if not high or not fits(low):
+        return None
     while low < high:
         middle = (low + high + 1) // 2
-        shorter = replace(way, recipe=recipe.changed(max_seq_len=middle * LENGTH_STEP))
-        low, high = (middle, high) if shorter.fits else (low, middle - 1)
-    return low * LENGTH_STEP or None
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low * LENGTH_STEP

@@ -13,12 +13,12 @@ from effitrain.core.errors import BudgetError, InputError
 from effitrain.core.ledger import DISK, LedgerLine, Settings, Work, gpu_bytes, host_bytes
 from effitrain.core.memory import adapted, make_ledger
 from effitrain.core.methods import SAMPLED
-from effitrain.core.offers import Alternative, leaner, other_ways
+from effitrain.core.offers import Alternative, Asked, leaner, other_ways
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 from effitrain.core.speed import step_time, tokens_to_hide
 from effitrain.core.units import counted, format_bytes
-from effitrain.core.ways import Way, ways
+from effitrain.core.ways import Way
 from effitrain.core.weights import busy_layers, check_layers, trains_tables
 
 
@@ -68,8 +68,8 @@ class Plan:
 def make_plan(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "train") -> Plan:
     """The first way that fits, from the exact and fast to the approximate; in it the fastest settings.
 
-    What the recipe fixes stays. Where nothing fits, the leanest settings of the first way. What is no training takes
-    forward passes alone, and the adapter that ``recipe`` names is there to be used.
+    What the recipe fixes stays. Where nothing fits, the leanest settings of the way that is least short. What is no
+    training takes forward passes alone, and the adapter that ``recipe`` names is there to be used.
 
     Raises:
         InputError: the recipe adapts a linear that the model does not have, prunes what it cannot, shifts groups that
@@ -79,8 +79,8 @@ def make_plan(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work 
         _check_targets(spec, recipe)
         _check_group(recipe, sequence_length(spec, recipe))
         check_layers(spec, recipe)
-    possible = ways(spec, recipe, budget, work)
-    way = next((way for way in possible if way.fits), None) or min(possible, key=lambda way: way.shortage)
+    asked = Asked(spec, recipe, budget, work)
+    way = asked.way
     choice = way.best
     return Plan(
         fits=way.fits,
@@ -94,7 +94,7 @@ def make_plan(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work 
         micro_batch_tokens=choice.settings.tokens,
         model=ModelFigures(spec.name, spec.params, spec.linear_params, spec.num_layers, spec.hidden, spec.vocab),
         ledger=choice.ledger,
-        alternatives=(*(() if way.fits else leaner(way)), *other_ways(spec, recipe, budget, way)),
+        alternatives=(*(() if way.fits else leaner(asked, way)), *other_ways(asked, way)),
         reasons=(
             *_shortfalls(choice, budget),
             *_short_stages(way),
@@ -147,15 +147,17 @@ def resolve(recipe: Recipe, plan: Plan) -> Recipe:
 def refusal(plan: Plan) -> BudgetError:
     """The error for a plan that does not fit: what is short, and what would fit."""
     fitting = [way for way in plan.alternatives if way.fits]
-    least_pruned = next((way for way in fitting if way.fit == "prune"), None)
-    ways = [f"{way.why} ({_sizes(way)})" for way in fitting if way.fit != "prune" or way is least_pruned]
+    pruned = [way for way in fitting if way.why.startswith("--fit prune")]
+    ways = [f"{way.why} ({_what_it_takes(way)})" for way in fitting if way not in pruned[1:]]
     advice = f"Try {', or '.join(ways)}." if ways else "Nothing fits: it takes more memory or a smaller model."
     return BudgetError(plan.reasons[0], next_step=advice, plan=plan)
 
 
-def _sizes(way: Alternative) -> str:
-    host = f", {format_bytes(way.host_peak_bytes)} of host memory" if way.fit == "stream" else ""
-    return f"{format_bytes(way.peak_bytes)}{host}"
+def _what_it_takes(way: Alternative) -> str:
+    """How a way fits, where its flags do not say so, and its bytes."""
+    how = {"resident": "", "stream": "streamed, ", "prune": f"pruned by {way.prune_ratio or 0:g}, "}[way.fit]
+    sizes = f"{format_bytes(way.peak_bytes)}, {format_bytes(way.host_peak_bytes)} of host memory"
+    return sizes if "--fit" in way.why else f"{how}{sizes}"
 
 
 def _check_targets(spec: ModelSpec, recipe: Recipe) -> None:
@@ -284,7 +286,8 @@ def _explain_streaming(way: Way, choice: Choice, budget: MemoryBudget) -> Iterat
     settings = choice.settings
     time = step_time(choice.spec, way.recipe, settings, budget.rates)
     tokens = tokens_to_hide(choice.spec, way.recipe, settings, budget.rates)
-    yield f"{settings.streamed} of {choice.spec.num_layers} layers visit the device twice {_how_often(settings)}."
+    visit = "visits" if settings.streamed == 1 else "visit"
+    yield f"{settings.streamed} of {choice.spec.num_layers} layers {visit} the device twice {_how_often(settings)}."
     together = "that pass a layer together" if settings.at_once > 1 else "a micro-batch"
     yield (
         f"{time.hidden_share:.0%} of the copying hides behind computation, all of it from about {tokens:,} tokens"
@@ -294,9 +297,9 @@ def _explain_streaming(way: Way, choice: Choice, budget: MemoryBudget) -> Iterat
     if way.fit == "stream" and not way.recipe.weights:
         yield f"The store that layers stream from takes {format_bytes(store)} of disk, and is made once."
     if settings.on_disk:
-        rest = settings.streamed - settings.on_disk
+        rest, are = settings.streamed - settings.on_disk, "is" if settings.on_disk == 1 else "are"
         yield (
-            f"{settings.on_disk} of the layers that stream are read from the disk in every pass, at"
+            f"{settings.on_disk} of the layers that stream {are} read from the disk in every pass, at"
             f" {budget.rates.disk / 1e9:g} GB/s if it gives that{f'; host memory holds {rest}' if rest else ''}."
         )
 

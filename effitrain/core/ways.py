@@ -59,6 +59,21 @@ class Way:
         return max(0, device), max(0, host)
 
 
+def choose(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "train") -> Way:
+    """The first way that fits; where none does, the one that is least short.
+
+    Raises:
+        InputError: as ``ways`` does.
+    """
+    possible = ways(spec, recipe, budget, work)
+    return next((way for way in possible if way.fits), None) or min(possible, key=lambda way: sum(way.shortage))
+
+
+def prunable(spec: ModelSpec, recipe: Recipe) -> bool:
+    """Whether a plan prunes by itself: not what was pruned already, nor two layers, which are both exempt."""
+    return len(spec.shapes) == 1 and spec.num_layers > 2 and recipe.method not in METHODS
+
+
 def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "train") -> list[Way]:
     """The ways that ``recipe`` allows, best first: resident, streamed, pruned, and pruned and streamed.
 
@@ -80,14 +95,12 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "tr
     stream = [Way("stream", "streamed", spec, recipe, budget)] if can_stream else []
     prune: list[Way] = []
     asked = recipe.fit == "prune" or recipe.prune_ratio is not None
-    pruned = len(spec.shapes) > 1
-    if asked and pruned:
+    if asked and len(spec.shapes) > 1:
         raise InputError(
             f"{spec.name} has layers of several widths: it is pruned already, and is not pruned again.",
             next_step="Train on it as it is, or prune the full-size model by more.",
         )
-    can_prune = not pruned and spec.num_layers > 2 and recipe.method not in METHODS  # of two layers both are exempt
-    if asked or (recipe.fit == "auto" and can_prune):
+    if asked or (recipe.fit == "auto" and prunable(spec, recipe)):
         cut = _cut(spec, recipe)
         kept: tuple[Weights, ...] = ("resident", "streamed") if can_stream else ("resident",)
         kept = kept if recipe.resident_layers is None else tuple(way for way in kept if way == "streamed")

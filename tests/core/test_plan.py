@@ -145,42 +145,6 @@ def test_refusal_without_a_way_out_says_so() -> None:
     assert "Nothing fits" in error.next_step and "3.0 GiB" in error.fact
 
 
-def test_alternatives_are_true_when_taken() -> None:
-    fixed: dict[str, Any] = {
-        "batch_size": 4, "recompute": "none", "max_seq_len": 4096, "grad_accum": 2, "fit": "resident",
-        "optimizer": "adamw",
-    }  # fmt: skip
-    made = plan(gpu=10 * GIB, **fixed)
-    resident = [row for row in made.alternatives if row.fit == "resident"]
-    assert resident and any(row.fits for row in resident) and not all(row.fits for row in resident)
-    for row in resident:
-        words = row.why.split()
-        flags = {flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
-        taken = plan(gpu=10 * GIB, **{**fixed, **flags})
-        assert (taken.fits, taken.peak_bytes) == (row.fits, row.peak_bytes)
-        assert row.peak_bytes is not None and row.peak_bytes < made.peak_bytes
-
-
-def test_the_first_changes_that_suffice_are_joined() -> None:
-    fixed: dict[str, Any] = {
-        "batch_size": 4, "grad_accum": 2, "recompute": "none", "max_seq_len": 4096, "fit": "resident",
-        "optimizer": "adamw",
-    }  # fmt: skip
-    made = plan(gpu=7 * GIB, **fixed)
-    assert "--recompute layer --batch-size 1 --grad-accum 8" in [row.why for row in made.alternatives if row.fits]
-    enough = plan(gpu=20 * GIB, **fixed)
-    assert "--recompute layer" in [row.why for row in enough.alternatives if row.fits]
-
-
-def test_a_shorter_sequence_is_the_longest_that_fits() -> None:
-    made = plan(gpu=7 * GIB, max_seq_len=32_768, fit="resident")
-    row = next(row for row in made.alternatives if "--max-seq-len" in row.why)
-    length = int(row.why.split()[-1])
-    assert row.fits and length % 64 == 0
-    assert plan(gpu=7 * GIB, max_seq_len=length, fit="resident").fits
-    assert not plan(gpu=7 * GIB, max_seq_len=length + 64, fit="resident").fits
-
-
 @pytest.mark.parametrize(
     ("fields", "flag"),
     [({"quant": "none"}, "--quant nf4"), ({"dtype": "fp32"}, "--dtype bf16"), ({"optimizer": "adamw"}, "--optimizer")],
@@ -317,7 +281,7 @@ def test_every_plan_is_consistent(spec: ModelSpec, fields: dict[str, Any], budge
     if not made.fits:
         assert "short" in refusal(made).fact
         flagged = [row for row in made.alternatives if not row.why.startswith(("--fit", "At "))]
-        assert all(row.peak_bytes < made.peak_bytes for row in flagged)
+        assert all(row.fits or row.peak_bytes < made.peak_bytes for row in flagged)
 
 
 @quick
