@@ -25,6 +25,7 @@ from effitrain.core.positions import with_positions_of
 from effitrain.core.recipe import RUNTIME_FIELDS, Recipe, make_recipe, read_recipe_file
 from effitrain.core.report import Report
 from effitrain.core.spec import ModelSpec, spec_from_config
+from effitrain.core.system import check_alone
 from effitrain.data.prepare import check_data, prepare_data
 from effitrain.evals.chat import ChatSession
 from effitrain.evals.events import Events
@@ -78,6 +79,8 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
         Interrupted: asked to stop, after saving.
     """
     events = events or Events()
+    if not dry_run:
+        check_alone()
     folder = open_run(recipe)
     if folder.finished and not dry_run:
         events.note(f"{folder.path} holds this run, finished. Nothing to do.")
@@ -210,6 +213,7 @@ def prune(recipe: Recipe, tell: Callable[[str], None] = lambda text: None) -> Pa
     Raises:
         InputError: the model, the text or the folder cannot be used.
     """
+    check_alone()
     base, target = find_base(recipe.model), Path(recipe.output_dir)
     recipe, config = at_positions(recipe, base.source.config)
     base = base.at_positions(config)

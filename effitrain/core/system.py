@@ -26,20 +26,37 @@ def unsupported() -> InputError | None:
     if "microsoft" in release.lower() and "wsl2" not in release.lower():
         fact = f"Linux {release} looks like WSL1, which has no CUDA."
         return InputError(fact, next_step="In PowerShell: wsl --set-version DISTRIBUTION 2")
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        return InputError(
-            f"{processes} processes were started to share a run. {ONE_CARD}",
-            "Each of them would do the whole run, in the same folder.",
-            "Start it once, without torchrun or accelerate; CUDA_VISIBLE_DEVICES=1 takes the second card.",
-        )
     return None
+
+
+def one_of_several() -> InputError | None:
+    """Why this process cannot train: it was started to share a run with others. None where it was not."""
+    processes = os.environ.get("WORLD_SIZE") or "1"
+    if processes == "1":
+        return None
+    return InputError(
+        f"WORLD_SIZE is {processes}: so many processes were started to share a run. {ONE_CARD}",
+        "Each of them would do the whole run, in the same folder.",
+        "Start it once, without torchrun or accelerate, or unset WORLD_SIZE; CUDA_VISIBLE_DEVICES=1 takes the second"
+        " card.",
+    )
 
 
 def check_system() -> None:
     """Refuse to begin where nothing would work.
 
     Raises:
-        InputError: another system, or one run started as several processes.
+        InputError: another system.
     """
     if error := unsupported():
+        raise error
+
+
+def check_alone() -> None:
+    """Refuse to write what several processes would all write.
+
+    Raises:
+        InputError: one run was started as several processes.
+    """
+    if error := one_of_several():
         raise error

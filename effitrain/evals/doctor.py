@@ -18,7 +18,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from effitrain.core.system import ONE_CARD, unsupported
+from effitrain.core.system import ONE_CARD, one_of_several, unsupported
 from effitrain.core.units import format_bytes
 from effitrain.io.machine import card, free_host_bytes
 
@@ -77,7 +77,7 @@ def _run(name: str, check: Callable[[], Outcome]) -> Check:
 
 
 def _system() -> Outcome:
-    if error := unsupported():
+    if error := unsupported() or one_of_several():
         return False, " ".join(str(error).splitlines())
     return True, f"Linux {platform.release()}, {platform.machine()}"
 

@@ -8,6 +8,7 @@ import effitrain as package
 from effitrain.core import system
 from effitrain.core.errors import InputError
 from effitrain.core.recipe import make_recipe
+from effitrain.evals import doctor
 
 ELSEWHERE = {
     ("Windows", "11"): ("inside WSL2. This is Windows itself.", "wsl --install"),
@@ -59,9 +60,16 @@ def test_several_processes_are_one_too_many(effitrain, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     answer = effitrain("run", "-o", tmp_path / "out")
     assert answer.code == 2 and not [*tmp_path.iterdir()]
-    assert "2 processes were started" in answer.err and "uses one card" in answer.err and "torchrun" in answer.err
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert system.unsupported() is None
+    assert "WORLD_SIZE is 2: so many processes" in answer.err and "uses one card" in answer.err
+    assert "torchrun" in answer.err and "unset WORLD_SIZE" in answer.err
+    assert effitrain("prune", "--model", "tiny", "-o", tmp_path / "small").code == 2 and not [*tmp_path.iterdir()]
+    ok, told = dict(doctor.of_the_machine())["system"]()
+    assert ok is False and "WORLD_SIZE is 2" in told
+    for verb in (["--help"], ["plan"], ["run", "--dry-run"], ["doctor", "--help"]):
+        assert effitrain(*verb).code == 0, verb
+    for alone in ("1", ""):
+        monkeypatch.setenv("WORLD_SIZE", alone)
+        assert system.one_of_several() is None
 
 
 @pytest.mark.parametrize("flag", ["--gpus", "--num-gpus", "--nproc-per-node", "--deepspeed", "--tensor_parallel_size"])
