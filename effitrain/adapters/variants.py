@@ -12,6 +12,7 @@ import os
 import pkgutil
 import sys
 import traceback
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -56,13 +57,13 @@ def adapter_class(kind: str) -> type[Adapter]:
         InputError: no such variant, which names those there are; or it lacks a part of the contract.
     """
     if path := own_file(kind):
-        return _checked(_imported(path), path)
+        return _checked(_imported(path, path.read_bytes()), path)
     if kind not in kinds():
         there_are = ", ".join([*kinds(), *METHODS, *own_kinds()])
-        raise InputError(
-            f"--method {kind}: no such method.",
-            next_step=f"There are: {there_are}. {OWN}=FOLDER adds variants of your own: docs/own_adapter.md.",
-        )
+        adds = f"{OWN}=FOLDER adds variants of your own: docs/own_adapter.md."
+        for path in _misnamed():
+            adds = f"{path} is none for its name: rename it {path.stem.replace('-', '_')}.py."
+        raise InputError(f"--method {kind}: no such method.", next_step=f"There are: {there_are}. {adds}")
     cls: type[Adapter] = importlib.import_module(f"effitrain.adapters.{kind}").ADAPTER
     return cls
 
@@ -81,23 +82,34 @@ def code_of(method: str) -> dict[str, str]:
 
 def _own_files() -> dict[str, Path]:
     """The user's files by the name of their variant."""
+    return {path.stem: path for path in _in_own_folder() if path.stem.isidentifier() and path.stem != "__init__"}
+
+
+def _misnamed() -> list[Path]:
+    """Files with names that no module can have, such as one with a hyphen."""
+    return [path for path in _in_own_folder() if not path.stem.isidentifier()]
+
+
+def _in_own_folder() -> list[Path]:
     named = os.environ.get(OWN)
     if not named:
-        return {}
+        return []
     folder = Path(named)
     if not folder.is_dir():
         raise InputError(f"{OWN} names {folder}, which is no folder.", next_step=f"Name one that is, or unset {OWN}.")
-    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem.isidentifier()}
+    return sorted(folder.glob("*.py"))
 
 
-def _imported(path: Path) -> ModuleType:
+@cache
+def _imported(path: Path, source: bytes) -> ModuleType:
+    """The module of a file that holds ``source``, run once a process."""
     spec = importlib.util.spec_from_file_location(f"effitrain_own_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = "".join(traceback.format_exception_only(error)).strip()
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f", line {lines[-1]}" if lines else ""

@@ -12,7 +12,7 @@ from killed import Killed, KilledAfter
 from safetensors.torch import load_file
 
 from effitrain import api
-from effitrain.adapters.variants import OWN, adapter_class, code_of, kinds, own_file
+from effitrain.adapters.variants import OWN, adapter_class, code_of, kinds, own_file, own_kinds
 from effitrain.core.errors import InputError
 from effitrain.planning import plan, recipe
 
@@ -137,7 +137,25 @@ def test_only_the_file_asked_for_is_imported(own_folder):
         adapter_class("gatde")
 
 
+def test_what_is_no_variant_is_not_listed_and_a_hyphen_is_told(own_folder):
+    (own_folder / "__init__.py").write_text("")
+    (own_folder / "gated.py").rename(own_folder / "my-gated.py")
+    for method in ("my-gated", "my_gated"):
+        with pytest.raises(InputError, match="no such method") as refused:
+            adapter_class(method)
+        assert "my-gated.py is none for its name: rename it my_gated.py" in refused.value.next_step
+        assert "__init__" not in refused.value.next_step
+    assert not own_kinds()
+
+
+def test_its_file_is_run_once(own_folder, example, tmp_path):
+    runs = tmp_path / "runs"
+    (own_folder / "gated.py").write_text(f"{example}\nimport os\n\nos.mkdir({str(runs)!r})\n")
+    assert adapter_class("gated") is adapter_class("gated") and runs.is_dir()
+
+
 BROKEN = {
+    "cannot be imported, line 3: SystemExit: now": lambda source: "import sys\n\nsys.exit('now')\n",
     "sets no ADAPTER": lambda source: source.replace("ADAPTER = Gated", ""),
     "subclass of Adapter": lambda source: source.replace("ADAPTER = Gated", "ADAPTER = LoRA.low_rank"),
     "cannot be imported, line 6: ModuleNotFoundError": lambda source: source.replace("from torch", "from trorch"),
