@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -71,12 +72,19 @@ def card() -> Card | None:
         return None
 
 
-def _seen(count: str = "1") -> int:
-    """Cards that a program sees, where the system has ``count``: those that CUDA_VISIBLE_DEVICES names, or all."""
+def _seen(count: str = "") -> int:
+    """Cards that a program sees, where the system has ``count``: all, or those that CUDA_VISIBLE_DEVICES names, of which
+    CUDA takes none from the first on that is no card.
+    """
+    here = int(count) if count.isdecimal() else None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len(visible.split(","))
-    return int(count) if count.isdecimal() else 1
+    if visible is None:
+        return here or 1
+
+    def is_one(name: str) -> bool:
+        return name.startswith(("GPU-", "MIG-")) or (name.isdecimal() and (here is None or int(name) < here))
+
+    return sum(1 for _ in takewhile(is_one, map(str.strip, visible.split(","))))
 
 
 def _half() -> Literal["bf16", "fp16"]:

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 SLOW_CHECKS = ROOT / "benchmarks/slow_checks.md"
 SIGNS = {"at most": operator.le, "at least": operator.ge, "below": operator.lt, "exactly": operator.eq}
-LEFT_OUT = {"slow", "gpu"}  # marks of tests that CI does not run
+LEFT_OUT = {"slow", "gpu", "skip", "skipif"}  # marks of tests that CI does not run, or may not
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def must_run(test: str) -> None:
         raise ValueError(f"tests/{path} has no test {name}")
     marks = {*_marks(function.decorator_list), *_marks([node.value for node in tree.body if _is_pytestmark(node)])}
     if marks & LEFT_OUT:
-        raise ValueError(f"{test} is marked {', '.join(marks & LEFT_OUT)}: CI does not run it")
+        raise ValueError(f"{test} is marked {', '.join(sorted(marks & LEFT_OUT))}: CI does not run it")
 
 
 def cases(path: str, *names: str) -> int:

@@ -102,6 +102,7 @@ def test_the_ten_traps_of_the_design():
         ("quant/test_nothing.py::test_nothing", "there is no"),
         ("end_to_end/test_matrix.py::test_all_other_cells", "is marked slow"),
         ("quant/test_gpu_linear.py::test_nothing_is_kept_for_backward", "is marked gpu"),
+        ("io/test_synthetic.py::test_same_bytes_on_cuda", "is marked gpu, skipif"),
     ],
 )
 def test_a_test_that_ci_does_not_run_is_no_proof(must_run, test, why):

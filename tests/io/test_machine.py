@@ -57,7 +57,11 @@ def test_the_card_that_cuda_would_use(smi, monkeypatch, visible, asked):
 
 
 @pytest.mark.parametrize(
-    ("visible", "count", "seen"), [(None, "1", 1), (None, "4", 4), (None, "[N/A]", 1), ("1", "4", 1), ("0,1", "4", 2)]
+    ("visible", "count", "seen"),
+    [
+        *((None, "1", 1), (None, "4", 4), (None, "[N/A]", 1), ("1", "4", 1), ("0,1", "4", 2), ("0,GPU-ab12", "4", 2)),
+        *(("0,-1,1", "4", 1), ("0, 1,9,2", "4", 2), ("0,,1", "4", 1), ("0,1", "[N/A]", 2)),
+    ],
 )
 def test_cards_that_stay_idle_are_told(smi, monkeypatch, visible, count, seen):
     if visible is not None:
