@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from effitrain.core.memory import nf4_bytes
 from effitrain.core.methods import METHODS, SAMPLED
 from effitrain.core.names import flag_of
-from effitrain.core.plan import Plan, make_plan
+from effitrain.core.plan import ModelFigures, Plan, make_plan
 from effitrain.core.positions import scaled_config, settled
 from effitrain.core.presets import find_preset
 from effitrain.core.recipe import Recipe, make_recipe
@@ -54,7 +55,7 @@ def with_download(plan: Plan, source: ModelSource, recipe: Recipe) -> Plan:
     if source.folder or recipe.weights or stored or not plan.fits:
         return plan
     where = "for that store, file by file, and no file is kept" if streams else "to it"
-    size = format_bytes(2 * plan.model.params)
+    size = format_bytes(_stored_bytes(plan.model, source.config))
     told = f"Unless the hub's cache holds them, {size} of weights are downloaded {where}."
     return replace(plan, reasons=(*plan.reasons, told))
 
@@ -68,6 +69,14 @@ def with_defaults(plan: Plan, source: ModelSource, recipe: Recipe) -> Plan:
     if not taken or not plan.fits:
         return plan
     return replace(plan, reasons=(*plan.reasons, f"The preset {source.name} brings {' and '.join(taken)}."))
+
+
+def _stored_bytes(model: ModelFigures, config: Mapping[str, Any]) -> int:
+    """Bytes of the weights in their files, as config.json says they are stored: in 16 bits where it does not say."""
+    width = 4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2
+    if "quantization_config" not in config:
+        return width * model.params
+    return nf4_bytes(model.linear_params) + width * (model.params - model.linear_params)
 
 
 def at_positions(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:

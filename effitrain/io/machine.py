@@ -73,8 +73,8 @@ def card() -> Card | None:
 
 
 def _seen(count: str = "") -> int:
-    """Cards that a program sees, where the system has ``count``: all, or those that CUDA_VISIBLE_DEVICES names, of which
-    CUDA takes none from the first on that is no card.
+    """Cards that a program sees, where the system has ``count``: all, or those that CUDA_VISIBLE_DEVICES names, up to
+    the first that is no card.
     """
     here = int(count) if count.isdecimal() else None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

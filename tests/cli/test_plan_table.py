@@ -1,5 +1,6 @@
 """A plan on a terminal: within its columns, no line ends in blanks, no word is lost, with colour and without."""
 
+import dataclasses
 import io
 import re
 
@@ -7,7 +8,8 @@ import pytest
 from rich.console import Console as Terminal
 
 from effitrain.cli.plan_table import print_plan
-from effitrain.planning import plan, recipe
+from effitrain.io.hub import find_model
+from effitrain.planning import plan, recipe, with_download
 
 ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 ASKED = {
@@ -58,6 +60,24 @@ def test_the_command_minds_columns_and_no_color(effitrain, monkeypatch):
     out = effitrain("plan", "--model", "llama-70b", "--gpu", "rtx4090", "--host-mem", "64G").out
     assert "\x1b" not in out and not [line for line in out.splitlines() if len(line) > 80 or line.endswith(" ")]
     assert out.startswith("llama-70b (70.6B parameters), stream: fits.\nPeak ")
+
+
+@pytest.mark.parametrize(
+    ("stored", "size"),
+    [
+        ({}, "15.0 GiB"),
+        ({"torch_dtype": "float32"}, "29.9 GiB"),
+        ({"dtype": "float16"}, "15.0 GiB"),
+        # 6,979,321,856 weights in 0.5159 B, and 1,050,939,392 of embedding, head and norms in 2 B
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "5.3 GiB"),
+    ],
+)
+def test_a_download_is_as_large_as_the_checkpoint_is_stored(stored, size):
+    asked = recipe(model="llama-3.1-8b", gpu="rtx4090", host_mem="64G")
+    source = find_model("llama-3.1-8b")
+    source = dataclasses.replace(source, config={**source.config, **stored})
+    bare = dataclasses.replace(plan(asked), reasons=())
+    assert with_download(bare, source, asked).reasons[0].startswith(f"Unless the hub's cache holds them, {size} of")
 
 
 def test_a_download_is_foretold_for_a_model_that_is_in_no_folder(tiny_model):
