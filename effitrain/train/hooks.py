@@ -65,7 +65,7 @@ class MetricsFile(Hook):
 
 class Checkpoints(Hook):
     """Saves every ``every`` steps and at the last one: a copy is taken, and written while training goes on. What is too
-    large for a second copy in host memory is written first.
+    large for a copy in host memory is written first, tensor by tensor.
 
     Used as a context, which ends when the last one is on the disk.
     """

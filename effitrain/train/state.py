@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from effitrain.core.errors import InputError
-from effitrain.io.atomic import atomic_folder, remove_folder, remove_stale, write_json, write_safetensors
+from effitrain.io.atomic import atomic_folder, remove_folder, remove_stale, write_json
 from effitrain.io.manifest import verify_manifest, write_manifest
+from effitrain.io.writer import stream_safetensors
 
 
 @dataclass
@@ -42,14 +43,15 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, in host memory.
+    """What a checkpoint holds.
 
     Attributes:
         step: steps done.
         trainable: by name.
-        optimizer: the tensors of its state, copied, by path.
+        optimizer: the tensors of its state, by path.
         facts: the rest, as JSON values.
-        own: whether training may go on while it is written; else ``trainable`` may hold the very tensors that train.
+        own: whether the tensors are copies in host memory, so that training may go on while they are written; else they
+            are the very ones that train, wherever they are.
     """
 
     step: int
@@ -71,8 +73,10 @@ def snapshot(
         most: bytes up to which all of it is in memory of its own.
     """
     tensors, scalars = _split(optimizer.state_dict()["state"])
-    own = sum(tensor.nbytes for tensor in (*trainable.values(), *tensors.values())) <= most
-    weights = {name: tensor.detach().to("cpu", copy=own) for name, tensor in trainable.items()}
+    weights = {name: tensor.detach() for name, tensor in trainable.items()}
+    own = sum(tensor.nbytes for tensor in (*weights.values(), *tensors.values())) <= most
+    if own:
+        weights, tensors = ({n: t.to("cpu", copy=True) for n, t in held.items()} for held in (weights, tensors))
     return Snapshot(state.step, weights, tensors, {**asdict(state), "optimizer": scalars}, own)
 
 
@@ -84,14 +88,20 @@ def write_checkpoint(folder: Path, taken: Snapshot, keep: int) -> Path:
     """
     target = folder / f"step-{taken.step}"
     with atomic_folder(target) as tmp:
-        write_safetensors(tmp / "trainable.safetensors", taken.trainable, {})
-        write_safetensors(tmp / "optimizer.safetensors", taken.optimizer, {})
+        _write(tmp / "trainable.safetensors", taken.trainable)
+        _write(tmp / "optimizer.safetensors", taken.optimizer)
         write_json(tmp / "state.json", taken.facts)
         write_manifest(tmp)
     remove_stale(folder)
     for old in checkpoints(folder)[:-keep]:
         remove_folder(old)
     return target
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One tensor after the other is brought to the host: all at once they may be larger than what the plan left there."""
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_safetensors(path, layout, lambda name: tensors[name].cpu())
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -172,7 +182,7 @@ def _split(state: Mapping[Any, Any], path: str = "") -> tuple[dict[str, Tensor],
             tensors |= below[0]
             scalars |= below[1]
         elif isinstance(value, Tensor):
-            tensors[here] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            tensors[here] = value.detach()
         else:
             scalars[here] = value
     return tensors, scalars

@@ -40,6 +40,18 @@ def test_resuming_is_bit_identical(tmp_path, name):
     assert all(torch.equal(trainable[n], again[n]) for n in trainable)
 
 
+def test_what_is_large_is_written_without_a_copy_of_it():
+    """So the plan's host memory needs no line for it; what is small is copied, and training goes on."""
+    trainable, optimizer = _toy("adamw")
+    _steps(trainable, optimizer, range(1))
+    there = {tensor.data_ptr() for tensor in trainable.values()}
+    there |= {tensor.data_ptr() for state in optimizer.state.values() for tensor in state.values()}
+    for most in (2**20, 2**10):
+        taken = snapshot(TrainState(1), trainable, optimizer, most)
+        held = {tensor.data_ptr() for tensor in (*taken.trainable.values(), *taken.optimizer.values())}
+        assert taken.own is (most == 2**20) and (held.isdisjoint(there) if taken.own else held == there)
+
+
 def test_only_the_newest_are_kept(tmp_path):
     trainable, optimizer = _toy("adamw")
     for step in (1, 2, 10, 11):
