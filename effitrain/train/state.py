@@ -99,7 +99,7 @@ def write_checkpoint(folder: Path, taken: Snapshot, keep: int) -> Path:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One tensor after the other is brought to the host: all at once they may be larger than what the plan left there."""
+    """One tensor after the other is brought to the host, where the plan leaves no room for all at once."""
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     stream_safetensors(path, layout, lambda name: tensors[name].cpu())
 
