@@ -43,7 +43,7 @@ def render_report(
         _section(
             "Loss", _picture("Loss by step", loss_png) + _steps(metrics, bool(report["prune"] and report["adapter"]))
         ),
-        _section("Samples", _samples(report.get("samples") or ())),
+        _section("Samples", _samples(report.get("samples") or ()) or f"<p>{_why_no_samples(report)}</p>"),
         _section("Training by step", _curves(metrics)),
         _section("Loss by position", _picture("Loss by position", positions_png) + _positions(report["positions"])),
         _section("Memory", _memory(report["memory"]) + _ledger(plan["ledger"])),
@@ -110,6 +110,14 @@ def _samples(samples: Iterable[Mapping[str, str]]) -> str:
         + "</dl></div>"
         for sample in samples
     )
+
+
+def _why_no_samples(report: Mapping[str, Any]) -> str:
+    if report["prune"] and report["adapter"]:
+        return "No answers: a small model was trained, and the full one is only scored."
+    if report["stream"]:
+        return "No answers: layers stream, and every token of an answer would fetch them all once more."
+    return "No answers: no sample of the evaluation set is short enough, or they would take more memory than training."
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:

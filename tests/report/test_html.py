@@ -189,7 +189,10 @@ def test_losses_by_position(report, plan):
 
 
 def test_samples_show_before_and_after(report, plan):
-    assert "Samples" not in render_report(report, plan, metrics(2), PNG)
+    cases = ({}, "no sample of"), ({"stream": {"layers": 1}}, "layers stream"), ({"prune": {"a": 1}}, "a small model")
+    for fields, why in cases:
+        page = render_report({**report, **fields}, plan, metrics(2), PNG)
+        assert f"Samples No answers: {why}" in text_of(page)
     report["samples"] = [{"prompt": "Say <b>\n", "wanted": "yes", "before": " \n", "after": "yes & no"}]
     page = render_report(report, plan, metrics(2), PNG)
     assert "Samples Say <b> in the data yes before training nothing after training yes & no" in text_of(page)
