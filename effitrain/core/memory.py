@@ -245,9 +245,10 @@ def _activations(spec: ModelSpec, recipe: Recipe, settings: Settings) -> tuple[L
         at_once * tokens * (3 * 8 + 2 * spec.head_dim * c),
         f"{together} x (3 x 8 B + rotary 2 x {spec.head_dim} x {c} B)",
     )
-    # Where micro-batches pass a layer together, the ends of the last one, their gradients, and those on the way wait.
-    waiting = 3 * at_once * tokens * h * c if at_once > 1 else 0
-    ends = _gpu("micro-batches that wait", waiting, f"3 x {together} x h {h} x {c} B")
+    # Where micro-batches pass a layer together, the ends of the last one, their gradients, and those on the way wait;
+    # the gradient of the one in the layer is counted there.
+    waiting = (3 * at_once - 1) * tokens * h * c if at_once > 1 else 0
+    ends = _gpu("micro-batches that wait", waiting, f"(3 x {at_once} - 1) x T {tokens} x h {h} x {c} B")
     if settings.offload:
         in_use = _gpu("layer inputs in use", 2 * tokens * h * c, f"2 buffers x T {tokens} x h {h} x {c} B")
         return batch, ends, in_use

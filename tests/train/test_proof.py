@@ -146,6 +146,17 @@ def test_predicted_peaks_are_within_three_percent_of_the_step_run_on_shapes(
     assert abs(error_of(model, way, tokens, optimizer)) < 0.03
 
 
+def test_micro_batches_that_pass_a_layer_together_are_counted_once() -> None:
+    """In a model so small that they are most of the step."""
+    spec, config = preset("tiny"), config_of("tiny")
+    for size, count in ((8, 2), (2, 4)):
+        fields = {"fit": "stream", "resident_layers": 0, "max_seq_len": 512, "batch_size": size, "grad_accum": count}
+        recipe = make_recipe({**fields, "stream_order": "layer"})
+        budget = replace(CUDA, device="cpu", overhead_bytes=0)
+        proof = proved(make_plan(spec, recipe, budget), spec, config, recipe, "cpu").proof
+        assert proof is not None and abs(proof["error"]) < 0.01
+
+
 @pytest.mark.parametrize(("tokens", "most"), [(2048, 9.2), (8192, 12.0)])
 def test_a_streamed_70b_takes_what_is_promised(tokens: int, most: float) -> None:
     spec, config = preset("llama-70b"), config_of("llama-70b")
