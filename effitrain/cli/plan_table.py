@@ -40,9 +40,11 @@ def print_plan(plan: Plan, terminal: Terminal | None = None, others: bool = Fals
 def _print_verdict(plan: Plan, terminal: Terminal) -> None:
     verdict = "fits" if plan.fits else "does not fit"
     terminal.print(f"[bold]{plan.model.name}[/] ({_count(plan.model.params)} parameters), {plan.fit}: {verdict}.")
+    on_card = plan.overhead_bytes > 0
+    device, host = ("on the device", "on the host") if on_card else ("in tensors", "for the rest of the process")
     terminal.print(
-        f"Peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)} on the device,"
-        f" {format_bytes(plan.host_peak_bytes)} on the host."
+        f"Peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)} {device},"
+        f" {format_bytes(plan.host_peak_bytes)} {host}."
     )
     together = ", ".join(setting.replace(" ", "\xa0") for setting in _settings(plan))  # no setting is torn apart
     terminal.print(f"[dim]{textwrap.fill(together, terminal.width, break_on_hyphens=False)}[/]".replace("\xa0", " "))
@@ -71,7 +73,8 @@ def _print_others(plan: Plan, terminal: Terminal) -> None:
     """The other ways that fit, exact ones first, and why one does not."""
     table = Table(box=None, pad_edge=False, header_style="dim", title="Other ways", title_justify="left")
     speeds = [("tokens/s", "right")] if plan.overhead_bytes else []  # small models on a CPU defy an estimate
-    for title, side in (("", "left"), ("device", "right"), ("host", "right"), *speeds):
+    device, host = ("device", "host") if plan.overhead_bytes else ("tensors", "the rest")
+    for title, side in (("", "left"), (device, "right"), (host, "right"), *speeds):
         table.add_column(title, justify=side)  # type: ignore[arg-type]
     for way in (way for way in plan.alternatives if way.fits):
         sizes = (format_bytes(way.peak_bytes), format_bytes(way.host_peak_bytes))

@@ -37,6 +37,11 @@ class MemoryBudget:
     half: Literal["bf16", "fp16"] = "bf16"
     rates: Rates = CARDS[TYPICAL].rates
 
+    @property
+    def where(self) -> str:
+        """What ``gpu_bytes`` counts, in words."""
+        return "on the device" if self.device == "cuda" else "in tensors"
+
 
 def card_bytes(name: str) -> int:
     """Total memory of a known card, as CUDA reports it.

@@ -114,8 +114,8 @@ def _exact_but_shorter(asked: Asked) -> Iterator[Alternative]:
 
 def _shortage(way: Way) -> str:
     device, host = way.shortage
-    parts = [(device, "the device", way.budget.gpu_bytes), (host, "the host", way.budget.host_bytes)]
-    short = [f"{format_bytes(size)} short of {format_bytes(have)} on {where}" for size, where, have in parts if size]
+    parts = [(device, way.budget.where, way.budget.gpu_bytes), (host, "on the host", way.budget.host_bytes)]
+    short = [f"{format_bytes(size)} short of {format_bytes(have)} {where}" for size, where, have in parts if size]
     return f"At {way.best.settings.tokens} tokens it is {' and '.join(short)}."
 
 

@@ -191,7 +191,7 @@ def _shortfalls(choice: Choice, budget: MemoryBudget) -> Iterator[str]:
 def _short_stages(way: Way) -> Iterator[str]:
     for stage in way.stages:
         for size, have, where in (
-            (stage.device, way.budget.gpu_bytes, "on the device"),
+            (stage.device, way.budget.gpu_bytes, way.budget.where),
             (stage.host, way.budget.host_bytes, "of host memory"),
         ):
             if size > have:
@@ -246,7 +246,7 @@ def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
     if way.fit == "prune":
         yield from _explain_pruning(way)
     for stage in way.stages:
-        sizes = f"{format_bytes(stage.device)} on the device and {format_bytes(stage.host)} of host memory"
+        sizes = f"{format_bytes(stage.device)} {budget.where} and {format_bytes(stage.host)} of host memory"
         yield f"{stage.what} before training takes up to {sizes}."
     if recipe.small_model:
         yield f"{recipe.small_model} is trained on as it is: {way.prune_ratio:.0%} of the layers that were cut is gone."

@@ -48,6 +48,14 @@ def test_every_reason_and_setting_is_there(fields):
     assert all(way.why in running for way in made.alternatives if way.fits)
 
 
+def test_on_a_cpu_no_device_is_spoken_of():
+    """Its memory is the host's: the budget counts the tensors of the step."""
+    made = plan(recipe(model="llama-3.1-8b", host_mem="8G", dtype="fp32", max_seq_len=512))
+    words = re.sub(r"\s+", " ", shown(made, 100, False))
+    assert not made.overhead_bytes and " in tensors, " in words and "for the rest of the process." in words
+    assert "on the device" not in words and " device " not in words.replace("the device twice", "")
+
+
 def test_no_setting_is_torn_apart():
     words = shown(plan(recipe(**ASKED["from the disk"])), 80, False).splitlines()[2:5]
     assert [line[-1] for line in words[:-1]] == [",", ","]
