@@ -14,10 +14,13 @@ from effitrain.io.model_folder import INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9  # the size transformers writes, so that other tools meet what they know
 _NAMES = {
+    torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.bool: "BOOL",
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.int32: "I32",
     torch.int64: "I64",
 }
