@@ -1,14 +1,18 @@
 """What a plan offers besides itself: each offer is what the plan says when its flags are taken."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from shapes import preset
+from shapes import config_of, preset
 
 from effitrain.core.budget import GIB, make_budget
+from effitrain.core.cut import cut_spec
 from effitrain.core.names import flag_of
 from effitrain.core.plan import Plan, make_plan, refusal
 from effitrain.core.recipe import make_recipe
+from effitrain.core.spec import pruned_config
 
 # Where nothing fits, and what was asked for besides a model and memory.
 ASKED: dict[str, tuple[str, float, float, dict[str, Any]]] = {
@@ -18,7 +22,6 @@ ASKED: dict[str, tuple[str, float, float, dict[str, Any]]] = {
     "resident alone": ("llama-3.1-8b", 10, 64, {"fit": "resident", "batch_size": 4, "optimizer": "adamw"}),
     "layers that stay": ("llama-70b", 20, 64, {"resident_layers": 60}),
     "pruned by little": ("llama-70b", 20, 64, {"prune_ratio": 0.1, "prune_score": "magnitude"}),
-    "a small model": ("llama-3.1-8b", 3, 64, {"fit": "prune", "small_model": "small", "prune_ratio": 0.5}),
     "pruned while it trains": ("llama-3.1-8b", 4, 64, {"prune_method": "loraprune", "prune_ratio": 0.5}),
     "by turns": ("llama-3.1-8b", 3, 6, {"method": "lisa-lora", "max_seq_len": 4096}),
     "too many that stay": ("llama-70b", 20, 64, {"fit": "stream", "resident_layers": 60}),
@@ -45,7 +48,17 @@ def taken(fields: dict[str, Any], words: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
 def test_offers_are_true_when_taken(asked: tuple[str, float, float, dict[str, Any]]) -> None:
-    model, gpu, host, fields = asked
+    _check_offers(*asked)
+
+
+def test_offers_beside_a_small_model_leave_it_out(tmp_path: Path) -> None:
+    spec, config = preset("llama-3.1-8b"), config_of("llama-3.1-8b")
+    (tmp_path / "config.json").write_text(json.dumps(pruned_config(config, cut_spec(spec, 0.5))))
+    _check_offers("llama-3.1-8b", 3, 64, {"fit": "prune", "small_model": str(tmp_path)})
+
+
+def _check_offers(model: str, gpu: float, host: float, fields: dict[str, Any]) -> None:
+    asked = model, gpu, host, fields
     rows = [row for row in made(*asked).alternatives if row.why.startswith("--")]
     assert any(row.fits for row in rows)
     for row in rows:
