@@ -110,7 +110,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """Share against ratio; dashed without alignment."""
+    """Share against ratio, a colour for each score; circles with alignment, crosses without."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -119,10 +119,11 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for (parts, score, align, ratio), found in sorted(shares(runs).items()):
         lines.setdefault((parts, score, align), []).append((ratio, mean(found)))
+    colours = {what: f"C{number}" for number, what in enumerate(dict.fromkeys(key[:2] for key in lines))}
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for (parts, score, align), points in lines.items():
-        style = ("o-" if align == "lsq" else "o--") if (parts, score) == ("ffn", "wanda") else "x"
-        axes.plot(*zip(*points, strict=True), style, label=f"{parts}, {score}, align {align}")
+        style, colour = ("x--" if align == "none" else "o-"), colours[parts, score]
+        axes.plot(*zip(*points, strict=True), style, color=colour, label=f"{parts}, {score}, align {align}")
     axes.set(xlabel="share of the pruned parts that is gone", ylabel="share of the full LoRA's gain")
     axes.legend(fontsize=8)
     figure.tight_layout()
