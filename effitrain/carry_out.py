@@ -13,32 +13,30 @@ import torch
 from effitrain.adapters.variants import code_of
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.cut import alignment_recipe
-from effitrain.core.disk import output_bytes
+from effitrain.core.disk import bytes_to_come
 from effitrain.core.errors import BudgetError, InputError
 from effitrain.core.methods import SAMPLED
 from effitrain.core.plan import Plan, make_plan, resolve
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import Report
 from effitrain.core.units import counted, format_bytes, format_duration
-from effitrain.data.batches import Batches
 from effitrain.data.prepare import PreparedData, prepare_data
 from effitrain.evals.events import Events
 from effitrain.evals.recovered import compare, facts
 from effitrain.evals.walked import ends
 from effitrain.io.atomic import remove_stale, write_json
+from effitrain.io.disk import check_space, free_bytes
 from effitrain.io.keep import KEEP, write_keep
-from effitrain.io.run_folder import LARGE, RunFolder, open_run
-from effitrain.io.stores import check_space, folder_bytes
+from effitrain.io.run_folder import RunFolder, open_run
 from effitrain.model.load import Base, find_base
 from effitrain.pruning.calibration import calibrate
 from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import Small, Training, make_small
 from effitrain.report.files import rope_figures, write_report
-from effitrain.train.job import chosen, make_batches, make_course
-from effitrain.train.loop import Course
+from effitrain.train.job import chosen, make_batches, make_course, resumed_from
 from effitrain.train.memory import Meter
 from effitrain.train.probe import OverBudget
-from effitrain.train.state import checkpoints
+from effitrain.train.state import checkpoints, step_of
 from effitrain.training import cap, train_model
 
 
@@ -63,22 +61,8 @@ def _carry_out(
     if recipe.rope_scaling != "none":
         write_json(folder.path / "config.json", dict(base.source.config))
     pruning = recipe.prune_method if the_plan.fit == "prune" else None
-    store_is_enough = the_plan.settings.streamed and not pruning and recipe.method not in SAMPLED
-    base = base.to_stream() if store_is_enough else base.fetched()
-    if base.remote:
-        hub_id = base.remote.hub_id
-        events.note(f"{hub_id} at commit {base.remote.revision}; --model {hub_id}@REVISION takes another.")
-    data = prepare_data(recipe, base.tokenizer(), chosen(recipe.max_seq_len))
-    if not checkpoints(folder.path / "checkpoints"):
-        folder = folder.note(evals=[], positions=[], answers=[])  # of a run of another recipe that never took a step
-    folder = _same_inputs(folder, data=data.fingerprint, model=base.fingerprint(), **code_of(recipe.method))
-    events.data(data)
-    if recipe.eval_fraction and not recipe.eval_dataset and not len(data.eval):
-        events.note(_no_evaluation(recipe, data))
-    batches = make_batches(data.train, recipe)
-    course = make_course(recipe, batches, the_plan.settings.at_once)
-    events.note(_ahead(course, data, batches, the_plan))
-    _check_disk(recipe, folder, the_plan, base, course.steps)
+    base, data, folder = _inputs(recipe, folder, the_plan, base, events)
+    _look_ahead(recipe, folder, the_plan, base, data, events)
     device = torch.device(budget.device)
     meter = Meter(device)
     cap(device, the_plan)
@@ -103,34 +87,59 @@ def _carry_out(
     return write_report(folder.path, replace(run, peak_bytes=meter.peak(), rope=rope))
 
 
-def _no_evaluation(recipe: Recipe, data: PreparedData) -> str:
-    share = f"--eval-fraction {recipe.eval_fraction:g} of {counted(data.stats.samples, 'sample')}"
-    return f"No sample is kept for evaluation: {share} is none. Name other data with --eval-dataset."
+def _inputs(
+    recipe: Recipe, folder: RunFolder, the_plan: Plan, base: Base, events: Events
+) -> tuple[Base, PreparedData, RunFolder]:
+    """The model on this disk, the data made for it, and the folder that knows both."""
+    pruned = the_plan.fit == "prune"
+    store_is_enough = the_plan.settings.streamed and not pruned and recipe.method not in SAMPLED
+    base = base.to_stream() if store_is_enough else base.fetched()
+    if base.remote:
+        hub_id = base.remote.hub_id
+        events.note(f"{hub_id} at commit {base.remote.revision}; --model {hub_id}@REVISION takes another.")
+    data = prepare_data(recipe, base.tokenizer(), chosen(recipe.max_seq_len))
+    if not checkpoints(folder.path / "checkpoints"):
+        folder = folder.note(evals=[], positions=[], answers=[])  # of a run of another recipe that never took a step
+    folder = _same_inputs(folder, data=data.fingerprint, model=base.fingerprint(), **code_of(recipe.method))
+    events.data(data)
+    if recipe.eval_fraction and not recipe.eval_dataset and not len(data.eval):
+        events.note(
+            f"No sample is kept for evaluation: --eval-fraction {recipe.eval_fraction:g} of so few rows is none. Name"
+            " other data with --eval-dataset."
+        )
+    return base, data, folder
 
 
-def _ahead(course: Course, data: PreparedData, batches: Batches, the_plan: Plan) -> str:
-    """How long the run is; in hours too on a card, whose speed the plan estimates."""
-    tokens = round(data.train.lengths.sum() * course.micro_batches / batches.per_epoch)
-    text = f"Training: {counted(course.steps, 'step')}, about {tokens:,} tokens"
-    if not the_plan.overhead_bytes:
-        return f"{text}."
-    speed = the_plan.tokens_per_second_estimate
-    return f"{text}: {format_duration(tokens / speed)} at {speed:,.0f} tokens/s, as the plan estimates."
-
-
-def _check_disk(recipe: Recipe, folder: RunFolder, the_plan: Plan, base: Base, steps: int) -> None:
-    """Refuse a run whose checkpoints and results the disk has no room for, before the model is loaded.
+def _look_ahead(
+    recipe: Recipe, folder: RunFolder, the_plan: Plan, base: Base, data: PreparedData, events: Events
+) -> None:
+    """Tell how long the run is, in hours too on a card, whose speed the plan estimates; refuse it where the disk has no
+    room for what it saves. Nothing is loaded yet.
 
     Raises:
-        InputError: they take more than is free.
+        InputError: it takes more than is free.
     """
-    there = sum(folder_bytes(folder.path / name) for name in LARGE)
-    needed = output_bytes(base.spec, recipe, the_plan, steps) - there
-    fewer = output_bytes(base.spec, recipe.model_copy(update={"keep_checkpoints": 1}), the_plan, steps) - there
-    another = "name an output folder on a larger disk with -o."
-    leaner = f"Keep fewer with --keep-checkpoints 1, which takes {format_bytes(fewer)}, or {another}"
-    step = leaner if fewer < needed else another.capitalize()
-    check_space(folder.path, "What the run saves", needed, step)
+    batches = make_batches(data.train, recipe)
+    course = make_course(recipe, batches, the_plan.settings.at_once)
+    held, begun = checkpoints(folder.path / "checkpoints"), resumed_from(recipe, folder.path / "checkpoints")
+    done = step_of(begun) if begun else 0
+    if (left := course.steps - done) > 0:
+        micro_batches = course.micro_batches - done * course.grad_accum
+        tokens = round(data.train.lengths.sum() * micro_batches / batches.per_epoch)
+        text = f"Training: {counted(left, 'more step' if done else 'step')}, about {tokens:,} tokens"
+        if the_plan.overhead_bytes:
+            speed = the_plan.tokens_per_second_estimate
+            text += f": {format_duration(tokens / speed)} at {speed:,.0f} tokens/s, as the plan estimates"
+        events.note(f"{text}.")
+    small_is_there = (folder.path / "small").exists()
+
+    def needed(recipe: Recipe) -> int:
+        return bytes_to_come(base.spec, recipe, the_plan, course.steps, done, len(held), small_is_there)
+
+    step, fewer = "name an output folder on a larger disk with -o.", recipe.changed(keep_checkpoints=1)
+    if needed(fewer) < needed(recipe) and needed(fewer) <= free_bytes(folder.path):
+        step = f"keep fewer with --keep-checkpoints 1, which takes {format_bytes(needed(fewer))}, or {step}"
+    check_space(folder.path, "What the run saves", needed(recipe), step[0].upper() + step[1:])
 
 
 def _make_small(

@@ -16,7 +16,8 @@ def command() -> None:
 @command.command("ls")
 def ls() -> None:
     """List the stores with their sizes."""
-    from effitrain.io.stores import default_store_dir, folder_bytes, list_stores, origin_of
+    from effitrain.io.disk import folder_bytes
+    from effitrain.io.stores import default_store_dir, list_stores, origin_of
 
     root = default_store_dir()
     folders = list_stores(root)

@@ -102,10 +102,12 @@ def _made_before(spec: ModelSpec, folder: Path) -> ModelSpec:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
         raise InputError(
             f"{folder} holds no config.json of a pruned model.",
             next_step="Name with --small-model a folder that `effitrain prune` wrote.",
-        ) from None
+        )
     small = spec_from_config(config, str(folder))
     same = all(getattr(small, size) == getattr(spec, size) for size in ("hidden", "head_dim", "num_layers", "vocab"))
     if not same or any(

@@ -1,4 +1,4 @@
-"""What a run writes to its output folder, in bytes, from integers alone."""
+"""What a run has yet to write to its output folder, in bytes, from integers alone."""
 
 from effitrain.core.cut import small_spec
 from effitrain.core.memory import adapter_factors, nf4_bytes
@@ -10,6 +10,8 @@ from effitrain.core.weights import elements
 
 # Lines of the ledger that a checkpoint holds as they are. What grows as rows and layers are met is left out.
 _CHECKPOINTED = ("adapter weights", "trained weights", "embedding, trained", "optimizer states")
+# Alignment by training, bytes a weight: the small model in 16 bits, and two checkpoints of master weights and moments.
+_ALIGNING = 2 + 2 * 12
 
 
 def save_interval(recipe: Recipe, steps: int) -> int:
@@ -17,23 +19,37 @@ def save_interval(recipe: Recipe, steps: int) -> int:
     return recipe.save_every or max(1, steps // 10)
 
 
-def output_bytes(spec: ModelSpec, recipe: Recipe, plan: Plan, steps: int) -> int:
-    """The most that the output folder holds at a time: a new checkpoint beside those that are kept, or those and what
-    the run is for; beside a small model, where one is made first.
+def bytes_to_come(
+    spec: ModelSpec, recipe: Recipe, plan: Plan, steps: int, done: int = 0, held: int = 0, small_is_there: bool = False
+) -> int:
+    """The most that the output folder will hold beyond what it holds now.
+
+    A new checkpoint is written before an old one goes. What is saved in the end comes beside the checkpoints.
 
     Args:
         spec: the shape of the full-size model.
         recipe: with every choice made.
         plan: of the run.
         steps: of the run.
+        done: of them.
+        held: checkpoints that are there.
+        small_is_there: whether the small model, where the run makes one, was made before.
     """
     one = sum(line.bytes for line in plan.ledger if line.what in _CHECKPOINTED)
-    saved = -(-steps // save_interval(recipe, steps))
-    kept = min(recipe.keep_checkpoints, saved)
-    small = _small_bytes(spec, recipe) if plan.fit == "prune" else 0
-    loram = small and recipe.prune_method == "loram"
-    result = small if small and not loram else _result_bytes(spec, recipe)
-    return (small if loram else 0) + one * kept + max(one if saved > kept else 0, result)
+    every = save_interval(recipe, steps)
+    left = -(-steps // every) - done // every if done < steps else 0
+    most = max(1, min(held + left - 1, recipe.keep_checkpoints) + 1 - held) if left else 0
+    at_last = min(held + left, recipe.keep_checkpoints) - held if left else 0
+    if plan.fit != "prune":
+        return max(one * most, one * at_last + _result_bytes(spec, recipe))
+    small = small_spec(spec, recipe)
+    if recipe.prune_method == "loraprune":
+        sizes = 2 * small.params + (_small_bytes(small, "nf4") if recipe.quant == "nf4" else 0)
+        return max(one * most, one * at_last + sizes)
+    training = max(one * most, one * at_last + _result_bytes(small, recipe) + _result_bytes(spec, recipe))
+    if small_is_there or recipe.small_model or recipe.weights:
+        return training
+    return max(_ALIGNING * small.params if recipe.align == "train" else 0, _small_bytes(small, recipe.quant) + training)
 
 
 def _result_bytes(spec: ModelSpec, recipe: Recipe) -> int:
@@ -41,10 +57,7 @@ def _result_bytes(spec: ModelSpec, recipe: Recipe) -> int:
     return 2 * spec.params if recipe.method in CHANGES_MODEL else 4 * elements(adapter_factors(spec, recipe))
 
 
-def _small_bytes(spec: ModelSpec, recipe: Recipe) -> int:
-    """A small model that the run makes: linears in NF4 or in 16 bits, the rest in 16."""
-    if recipe.small_model or recipe.weights:
-        return 0
-    small = small_spec(spec, recipe)
-    linears = nf4_bytes(small.linear_params) if recipe.quant == "nf4" else 2 * small.linear_params
+def _small_bytes(small: ModelSpec, quant: str) -> int:
+    """A small model's files: linears in NF4 or in 16 bits, the rest in 16."""
+    linears = nf4_bytes(small.linear_params) if quant == "nf4" else 2 * small.linear_params
     return linears + 2 * (small.params - small.linear_params)

@@ -1,5 +1,6 @@
 """The ways to make a model fit, from the exact and fast to the approximate, each with the settings it leaves open."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -119,10 +120,12 @@ def _cut(spec: ModelSpec, recipe: Recipe) -> dict[float, ModelSpec]:
     if not recipe.small_model:
         ratios = PRUNE_RATIOS if recipe.prune_ratio is None else (recipe.prune_ratio,)
         return {ratio: small_spec(spec, recipe.changed(prune_ratio=ratio)) for ratio in ratios}
-    small, ratio = small_spec(spec, recipe), recipe.prune_ratio
-    if ratio is None or small_spec(spec, recipe.changed(small_model=None)).linear_params != small.linear_params:
-        ratio = removed_share(spec, small)
-    return {ratio: small}
+    small = small_spec(spec, recipe)
+    with suppress(InputError):  # the recipe names no ratio, or one with which no layer would be left to prune
+        if small_spec(spec, recipe.changed(small_model=None)).linear_params == small.linear_params:
+            assert recipe.prune_ratio is not None
+            return {recipe.prune_ratio: small}
+    return {removed_share(spec, small): small}
 
 
 def _whole(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work) -> list[Way]:

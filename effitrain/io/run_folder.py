@@ -19,7 +19,6 @@ _OURS = (
     *("report.json", "report.html", "loss.png", "recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints"),
     *("adapter", "adapter-small", KEEP, "small", "small-align", "model", "model-nf4", "config.json"),
 )
-LARGE = ("checkpoints", "adapter", "adapter-small", "small", "model", "model-nf4")  # what a run leaves that has size
 _ANOTHER = "Name another output folder with -o."
 
 

@@ -26,10 +26,11 @@ from effitrain.core.layout import NF4, Field, Layout, Part
 from effitrain.core.paths import path_of
 from effitrain.io.atomic import Unwritable, remove_folder, remove_stale, write_json
 from effitrain.io.checkpoint import read_tensor
+from effitrain.io.disk import check_space, folder_bytes
 from effitrain.io.manifest import verify_manifest, write_manifest
 from effitrain.io.model_folder import StoredTensor, read_header
 from effitrain.io.nf4 import NF4Tensor
-from effitrain.io.stores import ABOUT, SUFFIX, check_space, folder_bytes
+from effitrain.io.stores import ABOUT, SUFFIX
 
 VERSION = 1  # raise it when the same checkpoint would give other bytes
 EMBEDDING_FILE, HEAD_FILE = Path("embedding.safetensors"), Path("head.safetensors")

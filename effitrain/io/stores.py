@@ -1,14 +1,8 @@
-"""Where the stores of quantised models lie, from which commit of the hub they were built, and whether a disk has room.
-Imports no torch.
-"""
+"""Where the stores of quantised models lie, and from which commit of the hub they were built. Imports no torch."""
 
 import json
 import os
-import shutil
 from pathlib import Path
-
-from effitrain.core.errors import InputError
-from effitrain.core.units import format_bytes
 
 SUFFIX = ".partial"  # of a store that is being built
 ABOUT = "store.json"
@@ -22,29 +16,6 @@ def default_store_dir() -> Path:
 def list_stores(root: Path) -> list[Path]:
     """The folders of stores below ``root``, unfinished ones with their suffix."""
     return sorted(path.parent for path in root.glob(f"[!.]*/{ABOUT}"))
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder; 0 where there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def check_space(folder: Path, what: str, needed: int, next_step: str) -> None:
-    """Refuse to begin what the disk has no room for.
-
-    Args:
-        folder: there already.
-        what: takes the room, as the beginning of a sentence.
-        needed: bytes that are still to be written.
-        next_step: of the error.
-
-    Raises:
-        InputError: less is free; says how much is missing.
-    """
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        fact = f"{what} takes {format_bytes(needed)} more in {folder}, and {format_bytes(free)} are free there"
-        raise InputError(f"{fact}: {format_bytes(needed - free)} are missing.", next_step=next_step)
 
 
 def origin_of(folder: Path) -> str:

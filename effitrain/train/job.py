@@ -104,19 +104,22 @@ def make_course(recipe: Recipe, batches: Batches, at_once: int) -> Course:
     return Course(steps, micro_batches, accum, *pace, at_once)
 
 
+def resumed_from(recipe: Recipe, folder: Path) -> Path | None:
+    """The checkpoint to go on from: a named one, or the newest in ``folder``; None from the beginning."""
+    if recipe.resume == "auto":
+        return next(reversed(checkpoints(folder)), None)
+    return None if recipe.resume == "never" else Path(recipe.resume)
+
+
 def resume(recipe: Recipe, folder: Path, job: Job, tell: Callable[[str], None]) -> TrainState:
-    """The state to go on from: a named checkpoint, the newest one of this run, or the beginning.
+    """The state of the checkpoint that ``resumed_from`` names, or that of the beginning.
 
     Checkpoints of later steps are removed: they belong to what is now done again.
 
     Raises:
         InputError: no checkpoint, a damaged one, or one from beyond the end of the run.
     """
-    newest = None
-    if recipe.resume == "auto":
-        newest = next(reversed(checkpoints(folder)), None)
-    elif recipe.resume != "never":
-        newest = Path(recipe.resume)
+    newest = resumed_from(recipe, folder)
     if job.lisa:
         job.lisa.begin(step_of(newest) if newest else 0)
     state = load_checkpoint(newest, job.trainable, job.optimizer) if newest else TrainState()

@@ -12,6 +12,7 @@ from effitrain.core.errors import InputError
 from effitrain.core.plan import for_tokens, make_plan, resolve
 from effitrain.core.recipe import make_recipe
 from effitrain.core.spec import Widths, pruned_config, spec_from_config
+from effitrain.core.ways import ways
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 6,
@@ -172,6 +173,19 @@ def test_a_small_model_of_another_model_is_refused(made_before, config, words):
         small_spec(small(), made_before(**config))
 
 
-def test_a_folder_without_a_model_is_no_small_model(tmp_path):
+def test_a_small_model_of_two_layers_without_exempt_ones_keeps_the_ratio_it_was_given(made_before):
+    """The recipe of a run is written down with its ratio, and read again when the run goes on."""
+    whole, budget = small(num_hidden_layers=2), MemoryBudget(2**36, 2**36, 0, "cpu")
+    widths = {"ffn": [56, 48], "kv_heads": [2, 1]}
+    recipe = made_before(num_hidden_layers=2, effitrain_biases=[], effitrain_widths=widths)
+    (way, *_) = ways(whole, recipe, budget)
+    (again, *_) = ways(whole, recipe.changed(prune_ratio=way.prune_ratio), budget)
+    assert 0.4 < way.prune_ratio == again.prune_ratio < 0.6 and again.spec == way.spec
+
+
+@pytest.mark.parametrize("content", [None, "[]", "null", "{"])
+def test_a_folder_without_a_model_is_no_small_model(content, tmp_path):
+    if content:
+        (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"no config\.json of a pruned model"):
         small_spec(small(), make_recipe({"fit": "prune", "small_model": str(tmp_path)}))

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from effitrain.core.disk import output_bytes
+from effitrain.core.disk import bytes_to_come
 from effitrain.core.recipe import make_recipe, read_recipe_file
-from effitrain.io.stores import folder_bytes
+from effitrain.io.disk import folder_bytes
 from effitrain.model.load import find_base
 from effitrain.planning import plan
 
@@ -132,14 +132,14 @@ def test_the_report_is_one_page_of_its_own(out):
 
 def test_its_checkpoints_take_the_disk_that_was_forecast(out):
     recipe = make_recipe(read_recipe_file(out / "recipe.yaml"))
-    forecast = output_bytes(find_base(recipe.model).spec, recipe, plan(recipe), STEPS)
+    forecast = bytes_to_come(find_base(recipe.model).spec, recipe, plan(recipe), STEPS)
     held = folder_bytes(out / "checkpoints") * 3 // 2  # two are kept, and a third was written beside them
     assert forecast == pytest.approx(held, rel=0.05) and forecast < held
 
 
 def test_a_disk_too_full_for_them_is_told_before_loading(effitrain, command, tmp_path, monkeypatch):
     """There is room for a checkpoint of 366 KiB beside one that is kept, and not for a third."""
-    monkeypatch.setattr("effitrain.io.stores.shutil.disk_usage", lambda path: SimpleNamespace(free=800 * 2**10))
+    monkeypatch.setattr("effitrain.io.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=800 * 2**10))
     answer = effitrain(*command, "-o", tmp_path / "out")
     assert answer.code == 2 and "Evaluation" not in answer.out and not list(tmp_path.rglob("step-*"))
     assert f"more in {tmp_path / 'out'}, and 800 KiB are free there: " in answer.err
@@ -181,7 +181,7 @@ def test_too_few_rows_for_an_evaluation_set_are_all_trained_on(effitrain, comman
     answer = effitrain(*command, "--dataset", rows, "--max-steps", 1, "-o", tmp_path / "out")
     assert answer.code == 0, answer.err
     assert "Data: 2 samples (" in answer.out and "0 samples for evaluation." in answer.out
-    assert "No sample is kept for evaluation: --eval-fraction 0.05 of 2 samples is none." in " ".join(
+    assert "No sample is kept for evaluation: --eval-fraction 0.05 of so few rows is none." in " ".join(
         answer.out.split()
     )
     assert read(tmp_path / "out" / "report.json")["loss"]["eval_before"] is None

@@ -19,8 +19,9 @@ from effitrain.core.recipe import make_recipe
 from effitrain.core.spec import spec_from_config
 from effitrain.io import store as store_module
 from effitrain.io.checkpoint import open_checkpoint
+from effitrain.io.disk import folder_bytes
 from effitrain.io.store import StoreKey, verify_store
-from effitrain.io.stores import folder_bytes, list_stores
+from effitrain.io.stores import list_stores
 from effitrain.io.synthetic import SyntheticCheckpoint, shapes_of
 from effitrain.io.writer import stream_safetensors
 from effitrain.planning import plan
