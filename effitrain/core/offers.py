@@ -60,7 +60,7 @@ def other_ways(asked: Asked, chosen: Way) -> list[Alternative]:
     pruning = asked.recipe.fields_in("pruning")
     others: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ({"fit": "resident"}, ("resident_layers", "stream_order", *pruning)),
-        ({"fit": "stream"}, ("resident_layers", *pruning)),
+        ({"fit": "stream"}, ("resident_layers", "recompute", *pruning)),
     ]
     for ratio in PRUNE_RATIOS if prunable(asked.spec, asked.recipe) else ():
         anew = ("resident_layers", "small_model", "prune_method")
@@ -72,21 +72,18 @@ def other_ways(asked: Asked, chosen: Way) -> list[Alternative]:
 
 def leaner(asked: Asked, chosen: Way) -> list[Alternative]:
     """Where nothing fits: single changes of what is fixed, else the first that suffice together; a shorter length."""
-    changes = list(_changes(chosen))
-    offers = [_changed(asked, change) for change in changes]
+    tried = [(change, _changed(asked, change)) for change in _changes(chosen)]
+    offers = [offer for _, found in tried for offer in found]
     together: dict[str, Any] = {}
-    for change in changes:
+    for change in [change for change, found in tried if found]:
         if any(offer.fits for offer in offers):
             break
         together |= change
         if len(together) > len(change):
-            offers.append(_changed(asked, together))
-    for base in ({}, together):
-        if length := _longest(asked.changed(base)):
-            offers.append(_changed(asked, {**base, "max_seq_len": length}))
-            break
-    if asked.recipe.fit == "auto" and offers and offers[-1].fit == "prune":
-        offers += _exact_but_shorter(asked)
+            offers += _changed(asked, together)
+    offers += _shorter(asked, {}) or _shorter(asked, together)
+    if asked.recipe.fit == "auto" and offers and offers[-1].fit == "prune":  # and what needs no pruning
+        offers += _shorter(asked, {"fit": "stream"})
     return [offer for offer in offers if offer.fits or offer.peak_bytes < chosen.best.peak]
 
 
@@ -105,13 +102,6 @@ def _other(asked: Asked, change: Mapping[str, Any], without: Iterable[str]) -> A
     return _alternative(way, words if way.fits else _shortage(way))
 
 
-def _exact_but_shorter(asked: Asked) -> Iterator[Alternative]:
-    """What fits without pruning, where longer sequences fit a pruned model alone."""
-    with suppress(InputError):
-        if length := _longest(asked.changed({"fit": "stream"})):
-            yield _changed(asked, {"fit": "stream", "max_seq_len": length})
-
-
 def _shortage(way: Way) -> str:
     device, host = way.shortage
     parts = [(device, way.budget.where, way.budget.gpu_bytes), (host, "on the host", way.budget.host_bytes)]
@@ -119,8 +109,20 @@ def _shortage(way: Way) -> str:
     return f"At {way.best.settings.tokens} tokens it is {' and '.join(short)}."
 
 
-def _changed(asked: Asked, change: Mapping[str, Any]) -> Alternative:
-    return _alternative(asked.changed(change).way, _flags(change))
+def _changed(asked: Asked, change: Mapping[str, Any]) -> list[Alternative]:
+    """The plan with ``change``; none where what else was asked for forbids it."""
+    try:
+        return [_alternative(asked.changed(change).way, _flags(change))]
+    except InputError:
+        return []
+
+
+def _shorter(asked: Asked, change: Mapping[str, Any]) -> list[Alternative]:
+    """The plan of the longest sequences that fit with ``change``, if any do."""
+    with suppress(InputError):
+        if length := _longest(asked.changed(change)):
+            return _changed(asked, {**change, "max_seq_len": length})
+    return []
 
 
 def _flags(change: Mapping[str, Any]) -> str:
@@ -168,8 +170,9 @@ def _longest(asked: Asked) -> int | None:
         shorter = recipe.changed(**smallest, max_seq_len=steps * LENGTH_STEP)
         return replace(asked, recipe=shorter, budget=budget).way.fits
 
-    low, high = 1, (sequence_length(asked.spec, recipe) - 1) // LENGTH_STEP
-    if not high or not fits(low):
+    low = (recipe.s2_group or 0) // LENGTH_STEP + 1  # a group is a part of a sequence
+    high = (sequence_length(asked.spec, recipe) - 1) // LENGTH_STEP
+    if low > high or not fits(low):
         return None
     while low < high:
         middle = (low + high + 1) // 2

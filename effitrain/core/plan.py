@@ -7,7 +7,7 @@ from typing import Any
 
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.cards import TYPICAL, rates_of
-from effitrain.core.choices import CPU_MICRO_BATCH_TOKENS, SAMPLES_PER_STEP, Choice, group_of, sequence_length
+from effitrain.core.choices import CPU_MICRO_BATCH_TOKENS, SAMPLES_PER_STEP, Choice
 from effitrain.core.cut import default_exempt, small_spec
 from effitrain.core.errors import BudgetError, InputError
 from effitrain.core.ledger import DISK, LedgerLine, Settings, Work, gpu_bytes, host_bytes
@@ -77,7 +77,6 @@ def make_plan(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work 
     """
     if work == "train":
         _check_targets(spec, recipe)
-        _check_group(recipe, sequence_length(spec, recipe))
         check_layers(spec, recipe)
     asked = Asked(spec, recipe, budget, work)
     way = asked.way
@@ -167,15 +166,6 @@ def _check_targets(spec: ModelSpec, recipe: Recipe) -> None:
     if unknown or not any(adapted(linear, recipe) for linear in linears):
         fact = f"{spec.name} has no linear named {', '.join(unknown)}." if unknown else "No linear is adapted."
         raise InputError(fact, next_step=f"--lora-targets takes any of {', '.join(linear.leaf for linear in linears)}.")
-
-
-def _check_group(recipe: Recipe, length: int) -> None:
-    group = group_of(recipe, length)
-    if group is not None and group >= length:
-        raise InputError(
-            f"--s2-group {group} holds whole samples of --max-seq-len {length}: attention would be full.",
-            next_step="Leave --s2-group out for a quarter of the length, or use --attention full.",
-        )
 
 
 def _shortfalls(choice: Choice, budget: MemoryBudget) -> Iterator[str]:

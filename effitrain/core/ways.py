@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Literal
 
 from effitrain.core.budget import MemoryBudget
-from effitrain.core.choices import Choice, Weights, best, list_choices
+from effitrain.core.choices import Choice, Weights, best, group_of, list_choices, sequence_length
 from effitrain.core.cut import removed_share, small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.ledger import Work
@@ -81,11 +81,13 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "tr
     ``--prefer fast`` puts pruning before streaming. What is no training is done with the whole model.
 
     Raises:
-        InputError: the recipe's ratio or exempt layers leave nothing to prune, or the model is pruned already.
+        InputError: the recipe's ratio or exempt layers leave nothing to prune, the model is pruned already, or shifted
+            groups hold whole samples.
     """
     _check_layers(spec, recipe)
     if work != "train":
         return _whole(spec, recipe, budget, work)
+    _check_group(recipe, sequence_length(spec, recipe))
     if recipe.prune_method == "loraprune" and (recipe.fit == "prune" or recipe.prune_ratio is not None):
         small_spec(spec, recipe)
         return [Way("prune", "resident", spec, recipe, budget, recipe.prune_ratio)]  # the whole model, masked
@@ -153,4 +155,13 @@ def _check_layers(spec: ModelSpec, recipe: Recipe) -> None:
         raise InputError(
             f"--resident-layers is for models that stream, and {other} keeps all layers on the device.",
             next_step="Leave one of the two out.",
+        )
+
+
+def _check_group(recipe: Recipe, length: int) -> None:
+    group = group_of(recipe, length)
+    if group is not None and group >= length:
+        raise InputError(
+            f"--s2-group {group} holds whole samples of --max-seq-len {length}: attention would be full.",
+            next_step="Leave --s2-group out for a quarter of the length, or use --attention full.",
         )

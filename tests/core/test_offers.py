@@ -26,6 +26,9 @@ ASKED: dict[str, tuple[str, float, float, dict[str, Any]]] = {
     "by turns": ("llama-3.1-8b", 3, 6, {"method": "lisa-lora", "max_seq_len": 4096}),
     "too many that stay": ("llama-70b", 20, 64, {"fit": "stream", "resident_layers": 60}),
     "layer order": ("qwen2.5-7b", 4, 6, {"stream_order": "layer", "max_seq_len": 4096}),
+    "what some changes contradict": ("llama-3.1-8b", 3, 6, {"recompute": "none", "mlp_tiles": 1, "quant": "none"}),
+    "groups of a set size": ("llama-3.1-8b", 8, 16, {"attention": "s2", "s2_group": 8192, "max_seq_len": 65_536}),
+    "streams with recomputation alone": ("llama-3.1-8b", 5, 64, {"fit": "resident", "recompute": "none"}),
     "fits": ("llama-70b", 20, 64, {}),
 }
 
