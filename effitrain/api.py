@@ -39,7 +39,7 @@ from effitrain.io.machine import find_budget
 from effitrain.io.model_folder import read_config
 from effitrain.io.run_folder import RunFolder, check_positions, open_run, positions_beside, positions_of_small
 from effitrain.model.load import Base, find_base
-from effitrain.planning import at_positions, plan, recipe, with_defaults, with_download
+from effitrain.planning import at_positions, explained, plan, recipe
 from effitrain.pruning.calibration import calibrate
 from effitrain.pruning.recover import recover_adapter
 from effitrain.pruning.small import make_small
@@ -101,8 +101,7 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
     base = base.at_positions(config)
     _check_starting_points(recipe, base)
     budget = measured(find_budget(recipe))
-    the_plan = with_download(make_plan(base.spec, recipe, budget), base.source, recipe)
-    the_plan = with_defaults(the_plan, base.source, recipe)
+    the_plan = explained(make_plan(base.spec, recipe, budget), base.source, recipe)
     if prove_plan and the_plan.fits:
         the_plan = proved(the_plan, base.spec, base.source.config, recipe, budget.device)
     events.planned(the_plan)

@@ -1,6 +1,6 @@
 """The part of the API that answers without torch: what is asked for, and what would fit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -44,31 +44,32 @@ def plan(recipe: Recipe) -> Plan:
     recipe, config = at_positions(recipe, source.config)
     spec = spec_from_config(config, recipe.model)
     named = recipe.gpu is not None or recipe.gpu_mem is not None
-    made = make_plan(spec, recipe, find_budget(recipe, assume_card=named))
-    return with_defaults(with_download(made, source, recipe), source, recipe)
+    return explained(make_plan(spec, recipe, find_budget(recipe, assume_card=named)), source, recipe)
 
 
-def with_download(plan: Plan, source: ModelSource, recipe: Recipe) -> Plan:
-    """``plan`` with what is downloaded for it, of a model that is in no folder."""
+def explained(plan: Plan, source: ModelSource, recipe: Recipe) -> Plan:
+    """``plan`` with reasons that lie in where the model comes from: what is downloaded, and what its preset brings."""
+    if not plan.fits:
+        return plan
+    return replace(plan, reasons=(*plan.reasons, *_download(plan, source, recipe), *_defaults(source, recipe)))
+
+
+def _download(plan: Plan, source: ModelSource, recipe: Recipe) -> Iterator[str]:
     streams = plan.fit == "stream" and recipe.method not in SAMPLED  # from the store alone
     stored = streams and is_stored(default_store_dir(), source.hub_id, source.revision)
-    if source.folder or recipe.weights or stored or not plan.fits:
-        return plan
-    where = "for that store, file by file, and no file is kept" if streams else "to it"
-    size = format_bytes(_stored_bytes(plan.model, source.config))
-    told = f"Unless the hub's cache holds them, {size} of weights are downloaded {where}."
-    return replace(plan, reasons=(*plan.reasons, told))
+    if not (source.folder or recipe.weights or stored):
+        where = "for that store, file by file, and no file is kept" if streams else "to it"
+        size = format_bytes(_stored_bytes(plan.model, source.config))
+        yield f"Unless the hub's cache holds them, {size} of weights are downloaded {where}."
 
 
-def with_defaults(plan: Plan, source: ModelSource, recipe: Recipe) -> Plan:
-    """``plan`` with what the preset brings, where the user names nothing else."""
+def _defaults(source: ModelSource, recipe: Recipe) -> Iterator[str]:
     defaults = dict(source.preset.defaults) if source.preset else {}
     if recipe.max_steps:
         defaults.pop("epochs", None)
     taken = [f"{flag_of(name)} {value:g}" for name, value in defaults.items() if getattr(recipe, name) == value]
-    if not taken or not plan.fits:
-        return plan
-    return replace(plan, reasons=(*plan.reasons, f"The preset {source.name} brings {' and '.join(taken)}."))
+    if taken:
+        yield f"The preset {source.name} brings {' and '.join(taken)}."
 
 
 def _stored_bytes(model: ModelFigures, config: Mapping[str, Any]) -> int:

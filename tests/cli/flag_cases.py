@@ -133,6 +133,7 @@ CASES = {
         "--small-model": Case("nowhere", PRUNED, said="nowhere holds no config.json"),
         **BOTH,
         **{flag: case._replace(said="", nothing=True) for flag, case in TRAINING.items()},
+        **{flag: TRAINING[flag] for flag in ("--prune-ranking", "--calib-dataset")},  # other ways leave them out
         "--prove": Case(),
         "--json": Case(),
     },

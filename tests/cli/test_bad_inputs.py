@@ -136,12 +136,13 @@ def test_a_budget_too_small(refused, place, case):
     answer = refused(make(place), words, code=3)
     assert not [*place.root.rglob("*.json")]
     if case != "eval":
-        assert "does not fit" in answer.out and "frozen linears" in answer.out
+        assert "does not fit" in " ".join(answer.out.split()) and "frozen linears" in answer.out
 
 
 def test_a_plan_that_does_not_fit_is_an_answer(effitrain, place):
     answer = effitrain(*place.run("plan", gpu_mem="1M"))
-    assert answer.code == 3 and "does not fit" in answer.out and "1.0 MiB" in answer.out and not answer.err
+    shown = " ".join(answer.out.split())  # the path of the model may push the verdict into another line
+    assert answer.code == 3 and "does not fit" in shown and "1.0 MiB" in shown and not answer.err
     plan = json.loads(effitrain(*place.run("plan", gpu_mem="1M"), "--json").out)
     assert plan["fits"] is False and plan["ledger"] and "short" in plan["reasons"][0]
 

@@ -9,7 +9,7 @@ from rich.console import Console as Terminal
 
 from effitrain.cli.plan_table import print_plan
 from effitrain.io.hub import find_model
-from effitrain.planning import plan, recipe, with_download
+from effitrain.planning import explained, plan, recipe
 
 ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 ASKED = {
@@ -85,7 +85,7 @@ def test_a_download_is_as_large_as_the_checkpoint_is_stored(stored, size):
     source = find_model("llama-3.1-8b")
     source = dataclasses.replace(source, config={**source.config, **stored})
     bare = dataclasses.replace(plan(asked), reasons=())
-    assert with_download(bare, source, asked).reasons[0].startswith(f"Unless the hub's cache holds them, {size} of")
+    assert explained(bare, source, asked).reasons[0].startswith(f"Unless the hub's cache holds them, {size} of")
 
 
 def test_a_download_is_foretold_for_a_model_that_is_in_no_folder(tiny_model):
