@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import re
 import sys
 import traceback
 from functools import cache
@@ -57,12 +58,12 @@ def adapter_class(kind: str) -> type[Adapter]:
         InputError: no such variant, which names those there are; or it lacks a part of the contract.
     """
     if path := own_file(kind):
-        return _checked(_imported(path, path.read_bytes()), path)
+        return _checked(_imported(path, _source(path)), path)
     if kind not in kinds():
         there_are = ", ".join([*kinds(), *METHODS, *own_kinds()])
         adds = f"{OWN}=FOLDER adds variants of your own: docs/own_adapter.md."
-        for path in _misnamed():
-            adds = f"{path} is none for its name: rename it {path.stem.replace('-', '_')}.py."
+        if path := _misnamed(kind):
+            adds = f"{path} is none, for its name must be a Python identifier: rename it {_identifier(kind)}.py."
         raise InputError(f"--method {kind}: no such method.", next_step=f"There are: {there_are}. {adds}")
     cls: type[Adapter] = importlib.import_module(f"effitrain.adapters.{kind}").ADAPTER
     return cls
@@ -77,7 +78,7 @@ def check_method(method: str) -> None:
 def code_of(method: str) -> dict[str, str]:
     """What a run with a user's own variant is made from besides data and model; nothing for other methods."""
     path = None if method in METHODS else own_file(method)
-    return {"method": hashlib.sha256(path.read_bytes()).hexdigest()} if path else {}
+    return {"method": hashlib.sha256(_source(path)).hexdigest()} if path else {}
 
 
 def _own_files() -> dict[str, Path]:
@@ -85,9 +86,14 @@ def _own_files() -> dict[str, Path]:
     return {path.stem: path for path in _in_own_folder() if path.stem.isidentifier() and path.stem != "__init__"}
 
 
-def _misnamed() -> list[Path]:
-    """Files with names that no module can have, such as one with a hyphen."""
-    return [path for path in _in_own_folder() if not path.stem.isidentifier()]
+def _misnamed(kind: str) -> Path | None:
+    """The file that was meant by ``kind`` and has a name that no module can have, such as one with a hyphen."""
+    files = (path for path in _in_own_folder() if not path.stem.isidentifier())
+    return next((path for path in files if _identifier(path.stem) == _identifier(kind)), None)
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W|^(?=\d)", "_", name)
 
 
 def _in_own_folder() -> list[Path]:
@@ -97,18 +103,26 @@ def _in_own_folder() -> list[Path]:
     folder = Path(named)
     if not folder.is_dir():
         raise InputError(f"{OWN} names {folder}, which is no folder.", next_step=f"Name one that is, or unset {OWN}.")
-    return sorted(folder.glob("*.py"))
+    return sorted(path for path in folder.glob("*.py") if path.is_file())
+
+
+def _source(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.", next_step="Make it readable.") from None
 
 
 @cache
 def _imported(path: Path, source: bytes) -> ModuleType:
     """The module of a file that holds ``source``, run once a process."""
     spec = importlib.util.spec_from_file_location(f"effitrain_own_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for it
     try:
-        spec.loader.exec_module(module)
+        # The spec's loader might run bytecode of an earlier file, whose hash is not what ``code_of`` says.
+        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:
         what = "".join(traceback.format_exception_only(error)).strip()
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]

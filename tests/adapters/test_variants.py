@@ -3,8 +3,11 @@ recovered, evaluated and exported; one that cannot be saved is refused before an
 """
 
 import json
+import os
+import py_compile
 import re
 import shlex
+import sys
 
 import pytest
 import torch
@@ -137,15 +140,46 @@ def test_only_the_file_asked_for_is_imported(own_folder):
         adapter_class("gatde")
 
 
-def test_what_is_no_variant_is_not_listed_and_a_hyphen_is_told(own_folder):
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("my-gated", "my-gated.py is none, for its name must be a Python identifier: rename it my_gated.py."),
+        ("my_gated", "my-gated.py is none, for its name must be a Python identifier: rename it my_gated.py."),
+        ("2fast", "2fast.py is none, for its name must be a Python identifier: rename it _2fast.py."),
+        ("loar", f"{OWN}=FOLDER adds variants"),
+        ("gated", f"{OWN}=FOLDER adds variants"),
+    ],
+)
+def test_what_is_no_variant_is_not_listed_and_a_wrong_name_is_told(own_folder, method, told):
     (own_folder / "__init__.py").write_text("")
     (own_folder / "gated.py").rename(own_folder / "my-gated.py")
-    for method in ("my-gated", "my_gated"):
-        with pytest.raises(InputError, match="no such method") as refused:
-            adapter_class(method)
-        assert "my-gated.py is none for its name: rename it my_gated.py" in refused.value.next_step
-        assert "__init__" not in refused.value.next_step
+    (own_folder / "2fast.py").write_text("")
+    (own_folder / "gated.py").mkdir()
+    (own_folder / "gone.py").symlink_to(own_folder / "nowhere.py")
     assert not own_kinds()
+    with pytest.raises(InputError, match="no such method") as refused:
+        adapter_class(method)
+    assert told in refused.value.next_step and "__init__" not in refused.value.next_step
+
+
+def test_one_that_cannot_be_read_says_so(own_folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    for use in (adapter_class, code_of):
+        with pytest.raises(InputError, match=r"gated\.py cannot be read: Permission denied"):
+            use("gated")
+
+
+def test_it_is_the_file_as_it_is_that_runs_and_no_bytecode_of_an_earlier_one(own_folder, example):
+    path = own_folder / "gated.py"
+    path.write_text(f"{example}\nFAST = 1\n")
+    py_compile.compile(str(path))  # which Python takes for the file's while size and second of change are the same
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_text(f"{example}\nFAST = 2\n")
+    os.utime(path, ns=times)
+    assert sys.modules[adapter_class("gated").__module__].FAST == 2
 
 
 def test_its_file_is_run_once(own_folder, example, tmp_path):
