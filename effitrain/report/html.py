@@ -113,6 +113,8 @@ def _samples(samples: Iterable[Mapping[str, str]]) -> str:
 
 
 def _why_no_samples(report: Mapping[str, Any]) -> str:
+    if report["loss"]["eval_before"] is None:
+        return "No answers: there is no evaluation set to take samples from."
     if report["prune"] and report["adapter"]:
         return "No answers: a small model was trained, and the full one is only scored."
     if report["stream"]:

@@ -189,8 +189,9 @@ def test_losses_by_position(report, plan):
 
 
 def test_samples_show_before_and_after(report, plan):
-    cases = ({}, "no sample of"), ({"stream": {"layers": 1}}, "layers stream"), ({"prune": {"a": 1}}, "a small model")
-    for fields, why in cases:
+    cases = [({}, "no sample of"), ({"stream": {"layers": 1}}, "layers stream"), ({"prune": {"a": 1}}, "a small model")]
+    none = {"loss": {"first": 3.0, "last": 2.0, "eval_before": None, "eval_after": None}}
+    for fields, why in (*cases, (none, "there is no evaluation set")):
         page = render_report({**report, **fields}, plan, metrics(2), PNG)
         assert f"Samples No answers: {why}" in text_of(page)
     report["samples"] = [{"prompt": "Say <b>\n", "wanted": "yes", "before": " \n", "after": "yes & no"}]
