@@ -31,7 +31,8 @@ def kernels(shapes: tuple[str, ...], tokens: tuple[int, ...], rank: tuple[int, .
 
     if not torch.cuda.is_available():
         raise InputError(
-            "There is no CUDA card here to time kernels on.", next_step="effitrain doctor says what was found instead."
+            "There is no CUDA card here to time kernels on.",
+            next_step="`effitrain doctor` says what was found instead.",
         )
     timings = []
     for name, count, r in product(shapes, tokens, rank):
@@ -48,7 +49,7 @@ def kernels(shapes: tuple[str, ...], tokens: tuple[int, ...], rank: tuple[int, .
 @command.command("step")
 @click.option("--model", help="Preset or folder whose shape is taken.  [llama-3.1-8b; tiny on a CPU]")
 @click.option("--rows", type=click.IntRange(1), default=4, show_default=True, help="Samples of a step.")
-@click.option("--length", type=click.IntRange(2), help="Tokens of a sample.  [2048; 512 on a CPU]")
+@click.option("--length", type=click.IntRange(8), help="Tokens of a sample.  [2048; 512 on a CPU]")
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of LoRA, on all linears.")
 @click.option("--steps", type=click.IntRange(1), default=8, show_default=True, help="Steps that count, after two.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -28,7 +28,6 @@ from effitrain.adapters.base import AdapterConfig, Clock
 from effitrain.core.errors import BudgetError
 from effitrain.core.plan import make_plan
 from effitrain.core.recipe import make_recipe
-from effitrain.core.units import format_bytes
 from effitrain.data.batches import MicroBatch
 from effitrain.evals import peers
 from effitrain.evals.peers import UNSLOTH, stock_linear, write_checkpoint
@@ -118,9 +117,9 @@ def check_memory(model: str, sizes: Sequence[int]) -> None:
     plan = make_plan(find_base(model, "synthetic").spec, recipe, find_budget(recipe))
     if not plan.fits:
         raise BudgetError(
-            f"A step of {rows} x {length} tokens with {model} takes {format_bytes(plan.peak_bytes)},"
-            f" and 80 % of what is free here is {format_bytes(plan.budget_bytes)}.",
-            next_step="Name a smaller --model, or fewer --rows or a shorter --length.",
+            f"A step of {rows} x {length} tokens with {model} takes more than 80 % of what is free here.",
+            plan.reasons[0],
+            "Name a smaller --model, or fewer --rows or a shorter --length.",
             plan=plan,
         )
 

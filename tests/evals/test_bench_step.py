@@ -90,8 +90,17 @@ def test_a_shape_too_large_for_this_machine_is_refused(monkeypatch):
     monkeypatch.setattr("effitrain.io.machine.card", lambda: None)
     monkeypatch.setattr("effitrain.io.machine.free_host_bytes", lambda: 16 * 2**30)
     bench_step.check_memory("tiny", (4, 512, 16, 8))
-    with pytest.raises(BudgetError, match=r"4 x 2048 tokens with llama-70b takes \d+\.\d GiB, .* is 12\.8 GiB"):
+    taken = r"4 x 2048 tokens with llama-70b takes more .* needs \d+\.\d GiB at 8192 tokens and the budget is 12\.8 GiB"
+    with pytest.raises(BudgetError, match=taken):
         bench_step.check_memory("llama-70b", (4, 2048, 16, 8))
+    monkeypatch.setattr("effitrain.io.machine.free_host_bytes", lambda: 2**30)
+    with pytest.raises(BudgetError, match=r"The host needs .* and its budget is 819 MiB: \d+ MiB short\."):
+        bench_step.check_memory("tiny", (4, 512, 16, 8))
+
+
+def test_no_length_is_offered_that_the_plan_refuses():
+    shortest = next(option for option in command.commands["step"].params if option.name == "length").type.min
+    bench_step.check_memory("tiny", (1, shortest, 1, 1))
 
 
 CHILD = "import sys, time; from effitrain.evals.bench_step import end_with; end_with(int(sys.argv[1]))"
