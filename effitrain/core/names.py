@@ -67,5 +67,7 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
     spelt = {**{theirs: ours for theirs, ours in _OURS.items() if ours in known}, **{own: own for own in known}}
     if name in spelt:
         return spelt[name]
-    near = difflib.get_close_matches(name, spelt, n=1, cutoff=0.5)
+    # The names of other tools are so many that one is somewhat like any word: they have to be more alike than ours.
+    alike = [*difflib.get_close_matches(name, known, 1, 0.5), *difflib.get_close_matches(name, spelt, 1, 0.75)]
+    near = difflib.get_close_matches(name, alike, 1, 0.5)
     return spelt[near[0]] if near else None

@@ -21,8 +21,12 @@ def test_names_of_other_tools_and_misspelt_ones(theirs: str, ours: str) -> None:
     assert nearest_name(theirs, FIELDS) == ours
 
 
-def test_a_name_like_no_other_and_one_that_is_not_offered() -> None:
-    assert nearest_name("zzz", FIELDS) is None
+@pytest.mark.parametrize("name", ["zzz", "verbose", "device", "workers", "num"])
+def test_a_name_like_no_other_stands_for_none(name: str) -> None:
+    assert nearest_name(name, FIELDS) is None
+
+
+def test_a_name_that_is_not_offered() -> None:
     assert nearest_name("learning_rate", ["model", "output_dir"]) is None
 
 
