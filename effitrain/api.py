@@ -89,7 +89,7 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
     check_tracker(recipe.report_to)
     if recipe.gpu and not dry_run:
         card_bytes(recipe.gpu)  # names the known ones where this is none
-        raise InputError("--gpu plans for a card that is not here.", next_step="Use effitrain plan, or --dry-run.")
+        raise InputError("--gpu plans for a card that is not here.", next_step="Use `effitrain plan`, or --dry-run.")
     if recipe.dataset is None:
         events.note("No --dataset: training on the built-in instruction set.")
     check_data(recipe)

@@ -42,7 +42,7 @@ def recipe_fields(values: dict[str, Any]) -> dict[str, Any]:
 def usage(error: click.UsageError) -> str:
     """What to say of a command line that cannot be read, and where to look."""
     told = _unknown_flag(error) if isinstance(error, click.NoSuchOption) else error.format_message().rstrip(".") + "."
-    return f"{told}\n{error.ctx.command_path if error.ctx else 'effitrain VERB'} --help says what it takes."
+    return f"{told}\n`{error.ctx.command_path if error.ctx else 'effitrain VERB'} --help` says what it takes."
 
 
 def _unknown_flag(error: click.NoSuchOption) -> str:

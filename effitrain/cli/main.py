@@ -27,7 +27,7 @@ class _Verbs(click.Group):
         if name not in VERBS:
             nearest = _ELSEWHERE.get(name) or nearest_name(name, VERBS)
             hint = f" Did you mean {nearest}?" if nearest else ""
-            raise InputError(f"There is no verb {name!r}.{hint}", next_step="effitrain --help lists them.")
+            raise InputError(f"There is no verb {name!r}.{hint}", next_step="`effitrain --help` lists them.")
         module = importlib.import_module(f"effitrain.cli.{name}")
         command: click.Command = module.command
         return command

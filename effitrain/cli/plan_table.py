@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console as Terminal
 from rich.table import Table
 
+from effitrain.cli.wrap import wrapped
 from effitrain.core.plan import Plan, refusal
 from effitrain.core.units import format_bytes
 
@@ -84,7 +85,7 @@ def _print_others(plan: Plan, terminal: Terminal) -> None:
     short = [way for way in plan.alternatives if not way.fits and way.prune_ratio is None]
     _print_each([f"{way.fit} does not fit. {way.why}" for way in short if not way.why.startswith("--")], terminal)
     if not plan.fits:
-        terminal.print(refusal(plan).next_step)
+        terminal.print(wrapped(refusal(plan).next_step, terminal.width))
 
 
 def _print_each(sentences: Iterable[str], terminal: Terminal) -> None:

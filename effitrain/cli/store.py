@@ -63,6 +63,6 @@ def _named(root: Path, name: str) -> Path:
         listed = ", ".join(folders) or "none"
         raise InputError(
             f"There is no store {name!r} in {root}; there are: {listed}.",
-            next_step="effitrain store ls shows them all.",
+            next_step="`effitrain store ls` shows them all.",
         )
     return folders[name]

@@ -3,12 +3,14 @@
 import re
 import textwrap
 
-# Copied from the terminal, half a command would be run.
-_COMMAND = re.compile(r"`[^`]*`|\beffitrain [a-z]+(?: --?[a-z][\w-]*(?: [\w./-]*\w)?)*")
+# Copied from the terminal, half a command would be run. Messages have commands in backticks, and flags beside words.
+_FLAG = r"(?<![\w-])--[a-z][\w-]*(?: (?!--)[^\s`]+)?"
+_COMMAND = re.compile(rf"`[^`\n]*`|{_FLAG}(?:(?<![,.;:)]) {_FLAG})*")
+_KEPT = "\ue000"  # a blank that is no place to break a line, of a range that no text uses
 
 
 def wrapped(text: str, width: int) -> str:
     """Each line of ``text`` in lines of at most ``width`` characters, where words and commands let it."""
     fill = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False).fill
-    whole = _COMMAND.sub(lambda command: command[0].replace(" ", "\xa0"), text)  # which is no place to break a line
-    return "\n".join(map(fill, whole.splitlines())).replace("\xa0", " ")
+    whole = _COMMAND.sub(lambda command: command[0].replace(" ", _KEPT), text)
+    return "\n".join(map(fill, whole.splitlines())).replace(_KEPT, " ")

@@ -274,7 +274,7 @@ def make_recipe(fields: dict[str, Any]) -> Recipe:
         problems.append(str(error))
     clashes = list(contradictions(recipe)) if recipe else []
     if problems or clashes or recipe is None:
-        step = "effitrain run --help lists every flag." if problems else "Leave one of the two out, or change it."
+        step = "`effitrain run --help` lists every flag." if problems else "Leave one of the two out, or change it."
         raise InputError("\n".join([*problems, *clashes]), next_step=step)
     return recipe
 

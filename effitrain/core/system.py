@@ -19,13 +19,13 @@ def unsupported() -> InputError | None:
     """Why effitrain cannot run here, with what to do; None where it can."""
     system, release = platform.system(), platform.release()
     if system == "Windows":
-        return InputError(SYSTEMS, "This is Windows itself.", "In PowerShell: wsl --install. Then install it in there.")
+        return InputError(SYSTEMS, "This is Windows itself.", "In PowerShell: `wsl --install`. Then install it there.")
     if system != "Linux":
         name = {"Darwin": "macOS"}.get(system, system)
         return InputError(SYSTEMS, f"This is {name}.", "A Linux container or another machine will do.")
     if "microsoft" in release.lower() and "wsl2" not in release.lower():
         fact = f"Linux {release} looks like WSL1, which has no CUDA."
-        return InputError(fact, next_step="In PowerShell: wsl --set-version DISTRIBUTION 2")
+        return InputError(fact, next_step="In PowerShell: `wsl --set-version DISTRIBUTION 2`")
     return None
 
 

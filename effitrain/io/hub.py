@@ -229,7 +229,7 @@ def _for_weights(source: ModelSource) -> str:
         f"To get the weights: accept the licence on the page of {source.hub_id} if it asks for one, `hf auth login`,"
         " and run this again with network.\n"
         f"To use weights you have: --model FOLDER, with config.json and safetensors.\n"
-        f"To rehearse a run without them: effitrain run --model {source.name} --weights synthetic"
+        f"To rehearse a run without them: `effitrain run --model {source.name} --weights synthetic`"
     )
 
 
@@ -237,8 +237,8 @@ def _for_config(name: str) -> str:
     return (
         f"If {name} is a folder, check its path. If the hub asks for a licence: accept it on the model's page, and"
         " `hf auth login`.\n"
-        "Without network: --model FOLDER, or rehearse on a preset's shape: effitrain run --model llama-3.1-8b"
-        " --weights synthetic"
+        "Without network: --model FOLDER, or rehearse on a preset's shape: `effitrain run --model llama-3.1-8b"
+        " --weights synthetic`"
     )
 
 

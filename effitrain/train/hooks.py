@@ -194,7 +194,7 @@ def check_tracker(kind: str) -> None:
         if kind != "none":
             import_module(kind)
     except ImportError:
-        raise InputError(f"--report-to {kind}: not installed.", next_step='pip install "effitrain[track]"') from None
+        raise InputError(f"--report-to {kind}: not installed.", next_step='`pip install "effitrain[track]"`') from None
 
 
 class Tracker(Hook):

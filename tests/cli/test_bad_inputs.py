@@ -13,13 +13,13 @@ CONFIG = "model: tiny\n"
 
 # Name of a case: the command it gives, words that the message must hold.
 USAGE = {
-    "no such verb": (lambda p: ["trian"], ("trian", "effitrain --help")),
+    "no such verb": (lambda p: ["trian"], ("trian", "`effitrain --help`")),
     "verb of other tools": (lambda p: ["train"], ("train", "mean run?")),
     "misspelt verb": (lambda p: ["exprt"], ("exprt", "mean export?")),
     "unknown flag": (lambda p: ["run", "--nonsense"], ("--nonsense",)),
     "misspelt flag": (lambda p: ["run", "--bach-size", "4"], ("--bach-size", "--batch-size")),
     "flag of other tools": (lambda p: ["run", "--learning-rate", "1"], ("--learning-rate", "mean --lr?", "--help")),
-    "flag of another verb": (lambda p: ["recover", "--lora-rank", "4"], ("--lora-rank", "recover --help")),
+    "flag of another verb": (lambda p: ["recover", "--lora-rank", "4"], ("--lora-rank", "`effitrain recover --help`")),
     "flag of another method": (lambda p: ["run", "--lisa-layers", "3"], ("--lisa-layers", "--method lisa")),
     "flag without a value": (lambda p: ["run", "--model"], ("--model", "argument", "--help")),
     "word that is no flag": (lambda p: ["run", "llama-70b"], ("llama-70b",)),

@@ -62,6 +62,12 @@ def test_no_setting_is_torn_apart():
     assert "125 of them from the disk" in " ".join(words) and "6 micro-batches at once" in " ".join(words)
 
 
+def test_no_offer_is_torn_apart():
+    made = plan(recipe(model="llama-3.1-8b", gpu_mem="6G", host_mem="64G", fit="resident"))
+    offers = [shown(made, width, False).partition("Try ")[2] for width in range(50, 100)]
+    assert all("--fit prune --prune-ratio 0.5" in offered for offered in offers)
+
+
 def test_the_command_minds_columns_and_no_color(effitrain, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
