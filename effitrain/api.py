@@ -81,7 +81,7 @@ def run(recipe: Recipe, events: Events | None = None, dry_run: bool = False, pro
     events = events or Events()
     if not dry_run:
         check_alone()
-    folder = open_run(recipe)
+    folder = _run_folder(recipe)
     if folder.finished and not dry_run:
         events.note(f"{folder.path} holds this run, finished. Nothing to do.")
         return Report.read(folder.path / "report.json")
@@ -184,10 +184,10 @@ def export(
     Raises:
         InputError: the target exists, or adapter and model do not belong together.
     """
-    path = _new_folder(target)
     bundle = read_adapter(adapter_folder(adapter))
     base = find_base(recipe.model)
     check_fits(base.spec, bundle)
+    path = _new_folder(target)
     positions = positions_beside(adapter)
     if to == "merged":
         folder = fetch_weights(base.source)
@@ -238,10 +238,20 @@ def recover(adapter: str, keep: str, model: str, target: str) -> Path:
     Raises:
         InputError: the three do not belong together, or the target exists.
     """
-    path, kept = _new_folder(target), read_keep(Path(keep))
-    positions = positions_of_small(adapter, keep)
-    recover_adapter(adapter_folder(adapter), kept, find_base(model).fetched(), path, positions)
+    folder, kept, base = adapter_folder(adapter, "adapter-small"), read_keep(Path(keep)), find_base(model).fetched()
+    path = _new_folder(target)
+    recover_adapter(folder, kept, base, path, positions_of_small(str(folder), keep))
     return path
+
+
+def _run_folder(recipe: Recipe) -> RunFolder:
+    """The output folder. A mistyped name of data or model makes another recipe, and is told before that."""
+    try:
+        return open_run(recipe)
+    except InputError:
+        check_data(recipe)
+        find_model(recipe.model)
+        raise
 
 
 def _begin(folder: RunFolder, asked: Recipe, recipe: Recipe, the_plan: Plan) -> tuple[Recipe, RunFolder]:

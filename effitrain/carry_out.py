@@ -75,6 +75,8 @@ def _carry_out(
         bundle = recover_adapter(folder.path / adapter, small.keep, base, folder.path / "adapter")
         batches = make_batches(data.eval, recipe)
         pruned, points = compare(recipe, base, device, batches, bundle, run.evals, events.evaluated)
+        if recipe.small_model:  # what it lacks was decided when it was made
+            pruned["parts"] = small.keep.parts
         run = replace(run, prune=pruned, evals=points, positions=None)  # of the full-size model alone
     elif pruning:
         run = replace(run, prune=facts(recipe, run.evals, []))

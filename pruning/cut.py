@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from effitrain.core.cut import CUT_FACTS
 from effitrain.core.errors import InputError
 from effitrain.core.keep import KeepMap
 from effitrain.core.paths import layer_of, path_of
@@ -19,8 +20,6 @@ from effitrain.io.model_folder import copy_companions
 from effitrain.io.nf4 import QUANTISATION, NF4Tensor, state_layout
 from effitrain.io.writer import write_shards
 from effitrain.quant.read import Weights, read_dense
-
-FACTS = "prune.json"
 
 
 class Source(Weights, Protocol):
@@ -231,4 +230,4 @@ def write_cut(
         write_shards(tmp, layout, read)
         write_json(tmp / "config.json", config)
         write_keep(tmp / KEEP, weights.keep)
-        write_json(tmp / FACTS, facts())
+        write_json(tmp / CUT_FACTS, facts())

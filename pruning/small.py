@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from effitrain.core.cut import default_multiple, small_spec
+from effitrain.core.cut import CUT_FACTS, default_multiple, small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.keep import KeepMap, LayerKeep
 from effitrain.core.positions import position_facts
@@ -27,7 +27,7 @@ from effitrain.model.walk import Walk
 from effitrain.pruning.align import Aligner, Fit
 from effitrain.pruning.bias import Biases
 from effitrain.pruning.calibration import Calibration
-from effitrain.pruning.cut import FACTS, CutWeights, Source, write_cut
+from effitrain.pruning.cut import CutWeights, Source, write_cut
 from effitrain.pruning.groups import check_family
 from effitrain.pruning.score import looked_at, needs, score_layers
 from effitrain.pruning.select import Scores, select, shared_out
@@ -230,7 +230,7 @@ def _reuse(target: Path, made_of: Mapping[str, Any], tell: Callable[[str], None]
 
 def _check_made_of(target: Path, made_of: Mapping[str, Any]) -> None:
     try:
-        known = json.loads((target / FACTS).read_text(encoding="utf-8"))["made_of"]
+        known = json.loads((target / CUT_FACTS).read_text(encoding="utf-8"))["made_of"]
     except (OSError, ValueError, KeyError, TypeError):
         known = None
     if known != made_of:

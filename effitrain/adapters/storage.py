@@ -79,10 +79,10 @@ def save_adapter(
             write_json(tmp / "config.json", positions)
 
 
-def adapter_folder(path: str) -> Path:
-    """The adapter in a folder: the folder itself, or ``adapter`` inside a run folder."""
-    inside = Path(path) / "adapter"
-    return inside if (inside / "adapter_config.json").is_file() else Path(path)
+def adapter_folder(path: str, *names: str) -> Path:
+    """The adapter in a folder: the first of ``names`` and ``adapter`` inside a run folder, or the folder itself."""
+    inside = [Path(path) / name for name in (*names, "adapter")]
+    return next((folder for folder in inside if (folder / "adapter_config.json").is_file()), Path(path))
 
 
 def read_adapter(folder: Path) -> AdapterBundle:

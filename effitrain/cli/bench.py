@@ -82,7 +82,7 @@ def step(model: str | None, rows: int, length: int | None, rank: int, steps: int
             continue
         speed, peak = result["tokens_per_second"], format_bytes(result["peak_bytes"])
         loss = f"first loss {result['losses'][0]:.4f}{'' if result['same_loss'] else ', NOT THE SAME'}"
-        click.echo(f"{result['contender']:36} {speed:10.0f} tokens/s, peak {peak}, {loss}")
+        click.echo(f"{result['contender']:36} {speed:10,.0f} tokens/s, peak {peak}, {loss}")
     if as_json:
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         click.echo(json.dumps({"card": card, **versions(), "contenders": results}, indent=2))

@@ -63,9 +63,9 @@ class Console(Events):
         stats = data.stats
         samples, evaluated = counted(stats.samples, "sample"), counted(len(data.eval), "sample")
         self.note(
-            f"Data: {samples} ({stats.format}, template {stats.template}), {stats.tokens:,} tokens,"
-            f" {stats.trained_share:.0%} trained;\n"
-            f"{stats.truncated:,} truncated, {stats.dropped:,} dropped; {evaluated} for evaluation.\n"
+            f"Data: {samples} ({stats.format}, template {stats.template}), {stats.tokens:,} tokens.\n"
+            f"{stats.trained_share:.0%} trained; {stats.truncated:,} truncated, {stats.dropped:,} dropped; {evaluated}"
+            " for evaluation.\n"
             "One sample, its trained part marked:"
         )
         lines = Text(data.preview).wrap(Terminal(), self.width)  # by the cells that characters take

@@ -10,8 +10,8 @@ def command() -> None:
 
     wrong = 0
     for check in checks():
-        sign = {True: click.style("ok", fg="green"), False: click.style("wrong", fg="red"), None: "--"}[check.ok]
-        click.echo(f"{sign:>5}  {check.name}: {check.detail}")
+        sign, colour = {True: ("ok", "green"), False: ("wrong", "red"), None: ("--", None)}[check.ok]
+        click.echo(f"{click.style(f'{sign:5}', fg=colour)}  {check.name}: {check.detail}")
         wrong += check.ok is False
     if wrong:
         raise click.exceptions.Exit(1)

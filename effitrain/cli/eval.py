@@ -33,7 +33,7 @@ def _bucket(_context: click.Context, _option: click.Parameter, value: str | None
     flag_value="auto",
     metavar="[N]",
     callback=_bucket,
-    help="The loss by position in the sample too, in buckets of N tokens; an eighth of the longest.",
+    help="The loss by position in the sample too, in buckets of N tokens; an eighth of the longest, at least 256.",
 )
 @click.option(
     "--passkey",

@@ -40,7 +40,9 @@ def print_plan(plan: Plan, terminal: Terminal | None = None, others: bool = Fals
 
 def _print_verdict(plan: Plan, terminal: Terminal) -> None:
     verdict = "fits" if plan.fits else "does not fit"
-    terminal.print(f"[bold]{plan.model.name}[/] ({_count(plan.model.params)} parameters), {plan.fit}: {verdict}.")
+    ratio = "" if plan.prune_ratio is None else f" by {plan.prune_ratio:g}"
+    params = _count(plan.model.params)
+    terminal.print(f"[bold]{plan.model.name}[/] ({params} parameters), {plan.fit}{ratio}: {verdict}.")
     on_card = plan.overhead_bytes > 0
     device, host = ("on the device", "on the host") if on_card else ("in tensors", "for the rest of the process")
     terminal.print(
@@ -114,4 +116,4 @@ def _print_proof(proof: Mapping[str, Any], terminal: Terminal) -> None:
     for part in proof["components"]:
         table.add_row(part["what"], format_bytes(part["predicted_bytes"]), format_bytes(part["tracked_bytes"]))
     terminal.print(table)
-    terminal.print(f"The prediction is {proof['error']:+.1%} of what was tracked.")
+    terminal.print(f"The prediction is {round(proof['error'], 3) + 0.0:+.1%} of what was tracked.")

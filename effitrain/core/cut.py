@@ -14,6 +14,7 @@ from effitrain.core.recipe import Recipe
 from effitrain.core.spec import Axis, ModelSpec, Widths, spec_from_config
 
 PARTS = ("ffn+kv", "ffn", "kv")
+CUT_FACTS = "prune.json"  # beside a small model: what it was made of
 # LoRAM leaves the first 4 and last 2 of 80 layers whole; other depths in proportion.
 _EXEMPT_FIRST, _EXEMPT_LAST = Fraction(4, 80), Fraction(2, 80)
 # Tensor cores and NF4 want rows in multiples of 64 and more; 256 changes a 70B model's size by less than 2 %.
@@ -118,6 +119,14 @@ def _made_before(spec: ModelSpec, folder: Path) -> ModelSpec:
             next_step="Name with --model the model that was pruned.",
         )
     return spec.resized(small.widths).with_biases([path for path, linear in small.linears.items() if linear.bias])
+
+
+def ratio_of(spec: ModelSpec, small: ModelSpec, folder: Path) -> float:
+    """The ratio that the small model in ``folder`` was cut by: what ``prune`` noted there, else what is gone."""
+    try:
+        return float(json.loads((folder / CUT_FACTS).read_text(encoding="utf-8"))["made_of"]["prune_ratio"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return removed_share(spec, small)
 
 
 def removed_share(spec: ModelSpec, small: ModelSpec) -> float:

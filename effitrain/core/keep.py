@@ -43,6 +43,13 @@ class KeepMap:
         return KeepMap(spec.ffn, spec.num_heads, spec.num_kv_heads, spec.head_dim, tuple(layers), base, fingerprint)
 
     @property
+    def parts(self) -> str:
+        """What was cut anywhere, as ``--prune-parts`` names it; both where nothing was."""
+        lost = {"ffn": min(w.ffn for w in self.widths) < self.ffn,
+                "kv": min(w.kv_heads for w in self.widths) < self.num_kv_heads}  # fmt: skip
+        return "+".join(part for part, cut in lost.items() if cut) or "+".join(lost)
+
+    @property
     def widths(self) -> tuple[Widths, ...]:
         """Sizes of the pruned layers."""
         return tuple(Widths(len(layer.ffn), len(layer.kv_heads)) for layer in self.layers)

@@ -9,6 +9,7 @@ from effitrain.core.budget import MemoryBudget, with_margin
 from effitrain.core.choices import SAMPLES_PER_STEP, TILE_TOKENS, sequence_length
 from effitrain.core.errors import InputError
 from effitrain.core.ledger import Work
+from effitrain.core.methods import METHODS, SAMPLED
 from effitrain.core.names import flag_of
 from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
@@ -155,6 +156,10 @@ def _changes(way: Way) -> Iterator[dict[str, Any]]:
         yield {"dtype": "bf16"}
     if recipe.quant == "none" and recipe.method != "full":
         yield {"quant": "nf4"}
+    if recipe.method in SAMPLED and recipe.lisa_layers > 1:
+        yield {"lisa_layers": 1}
+    if training and recipe.method in METHODS:
+        yield {"method": "lora"} | ({"quant": "nf4"} if recipe.quant == "none" else {})
 
 
 def _longest(asked: Asked) -> int | None:

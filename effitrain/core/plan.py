@@ -187,8 +187,7 @@ def _short_stages(way: Way) -> Iterator[str]:
             if size > have:
                 yield (
                     f"{stage.what} before training needs {format_bytes(size)} {where} and the budget is"
-                    f" {format_bytes(have)}: {format_bytes(size - have)} short. Less takes --align none, or"
-                    " --prune-score magnitude."
+                    f" {format_bytes(have)}: {format_bytes(size - have)} short. Less takes {stage.leaner}."
                 )
 
 
@@ -239,7 +238,7 @@ def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
         sizes = f"{format_bytes(stage.device)} {budget.where} and {format_bytes(stage.host)} of host memory"
         yield f"{stage.what} before training takes up to {sizes}."
     if recipe.small_model:
-        yield f"{recipe.small_model} is trained on as it is: {way.prune_ratio:.0%} of the layers that were cut is gone."
+        yield f"{recipe.small_model} is trained on as it is: it was pruned by {way.prune_ratio:g}."
     elif way.prune_ratio is not None and recipe.prune_ratio is None:
         yield f"Pruned by {way.prune_ratio:g}: the smallest ratio of the table that fits {have}."
     if recipe.batch_size is None:

@@ -82,7 +82,7 @@ class Recipe(BaseModel):
     columns: Annotated[dict[str, str] | None, BeforeValidator(_columns)] = _flag(
         None, "Names of the columns, e.g. prompt=question,completion=answer", group="data"
     )
-    template: str = _flag("auto", "Chat template: auto, plain, chatml, llama3, ...", group="data")
+    template: str = _flag("auto", "Chat template: auto, plain, chatml, llama3, none", group="data")
     train_on_prompt: bool = _flag(False, "Train on the prompt's tokens too", group="data")
     truncation: Literal["right", "left", "drop"] = _flag("right", "What happens to samples too long", group="data")
     packing: bool = _flag(False, "Fill every row with several samples, kept apart", group="data")
@@ -230,6 +230,11 @@ class Recipe(BaseModel):
     small_model: str | None = _flag(
         None, "A pruned folder to train on, instead of pruning now", group="pruning", min_length=1
     )
+
+    @property
+    def asks_to_prune(self) -> bool:
+        """Whether it prunes whatever the plan finds: who names a ratio or a small model wants it."""
+        return self.fit == "prune" or self.prune_ratio is not None or self.small_model is not None
 
     def changed(self, **fields: Any) -> "Recipe":
         """A copy with ``fields`` replaced, validated again."""

@@ -6,6 +6,11 @@ from typing import Any
 from effitrain.core.methods import SAMPLED, WEIGHTS
 from effitrain.core.names import flag_of
 
+# How a small model is made.
+MADE_BY = (
+    "prune_parts", "prune_score", "prune_ranking", "prune_round", "prune_exempt", "align", "calib_dataset",
+)  # fmt: skip
+
 
 def contradictions(recipe: Any) -> Iterator[str]:
     """Of a ``Recipe``, fields that cannot both be had, and given ones that nothing would read."""
@@ -50,8 +55,9 @@ def _pruning(recipe: Any) -> Iterator[str]:
     if recipe.fit not in ("auto", "prune"):
         for field in _given(recipe, recipe.fields_in("pruning")):
             yield f"{flag_of(field)} {getattr(recipe, field)} is for --fit prune, and --fit is {recipe.fit}."
-    if recipe.small_model and recipe.fit == "auto" and recipe.prune_ratio is None:
-        yield f"--small-model {recipe.small_model} is for --fit prune, and --fit is auto."
+    if recipe.small_model:
+        for field in _given(recipe, MADE_BY):
+            yield f"{flag_of(field)} is for pruning, and --small-model {recipe.small_model} is pruned already."
     if recipe.prune_method == "loraprune":
         for field in _given(recipe, ("train_norms", "train_embeddings")):
             yield f"{flag_of(field)} saves them with an adapter; --prune-method loraprune ships a whole model."
@@ -59,7 +65,7 @@ def _pruning(recipe: Any) -> Iterator[str]:
             yield f"{flag_of(field)} is for --prune-method loram; loraprune scores by its own gradients."
         if recipe.method != "lora":
             yield f"--prune-method loraprune reads the gradients of a LoRA, and --method is {recipe.method}."
-    if recipe.fit == "prune" or recipe.prune_ratio is not None:
+    if recipe.asks_to_prune:
         if recipe.method in WEIGHTS:
             yield f"--method {recipe.method} changes the model itself, and from a pruned one nothing can be recovered."
         elif recipe.method in SAMPLED:

@@ -25,11 +25,12 @@ KEPT_INPUTS = 4 * 2**30
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage and the bytes it takes, all that is alive then counted."""
+    """A stage and the bytes it takes, all that is alive then counted; ``leaner`` is the flag that takes less."""
 
     what: str
     device: int
     host: int
+    leaner: str
 
 
 @dataclass(frozen=True)
@@ -89,25 +90,26 @@ def _scoring(sizes: _Sizes) -> list[Stage]:
     if needs == "nothing":
         return []
     if needs == "weights":
-        return [Stage("Scoring", sizes.layer.params * c + floats, 0)]
+        return [Stage("Scoring", sizes.layer.params * c + floats, 0, "--prune-score random")]
+    lean = "--prune-score magnitude"
     widest = max(linear.in_features for linear in sizes.layer.linears)
     seen = 16 * sum(linear.in_features for linear in sizes.layer.linears)
     if needs == "inputs":
-        return [Stage("Scoring", sizes.walking + seen + max(floats, 8 * sizes.batch * widest), sizes.states)]
+        return [Stage("Scoring", sizes.walking + seen + max(floats, 8 * sizes.batch * widest), sizes.states, lean)]
     spec, layer = sizes.spec, sizes.layer
     kept = min(sizes.states * spec.num_layers, KEPT_INPUTS) + sizes.batch * spec.hidden * c
     saved = sizes.batch * sum(saved_bytes(layer, spec, sizes.recipe, c))
     backward = 4 * layer.weights + saved + max(floats, (c + 8) * sizes.linear)
     rows = min(sizes.batch, max(LOSS_MIN_ROWS, LOSS_CHUNK_BYTES // (4 * spec.vocab)))
     logits = spec.vocab * (spec.hidden * c + 12 * rows) + 8 * sizes.batch * spec.hidden * c
-    return [Stage("Scoring", max(sizes.walking + backward, logits), kept + 3 * kept // spec.num_layers)]
+    return [Stage("Scoring", max(sizes.walking + backward, logits), kept + 3 * kept // spec.num_layers, lean)]
 
 
 def _alignment(sizes: _Sizes, small: ModelSpec, budget: MemoryBudget) -> list[Stage]:
     recipe, spec = sizes.recipe, sizes.spec
     if recipe.align == "bias":
         sums = 8 * sizes.linear + sizes.batch * (4 * spec.ffn + 24 * spec.hidden)
-        return [Stage("Alignment", sizes.walking + sums, sizes.states)]
+        return [Stage("Alignment", sizes.walking + sums, sizes.states, "--align none")]
     if recipe.align == "lsq":
         solved = [
             left.in_features
@@ -118,10 +120,10 @@ def _alignment(sizes: _Sizes, small: ModelSpec, budget: MemoryBudget) -> list[St
         n = max(solved, default=0)
         # float64: the inputs' products and their factor, those with what is left, and the solution in two forms.
         problem = 16 * n * n + 32 * n * spec.hidden + 8 * sizes.batch * (n + 3 * spec.hidden)
-        return [Stage("Alignment", sizes.walking + problem, 5 * sizes.states)]
+        return [Stage("Alignment", sizes.walking + problem, 5 * sizes.states, "--align none")]
     if recipe.align == "train":
         choices = list_choices(small, alignment_recipe(recipe), budget)
         choice = best(choices, budget)
         none = budget.overhead_bytes
-        return [Stage("Training the small model", choice.peak - none, choice.host_peak)]
+        return [Stage("Training the small model", choice.peak - none, choice.host_peak, "--align lsq")]
     return []

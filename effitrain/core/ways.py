@@ -1,13 +1,13 @@
 """The ways to make a model fit, from the exact and fast to the approximate, each with the settings it leaves open."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 from effitrain.core.budget import MemoryBudget
 from effitrain.core.choices import Choice, Weights, best, group_of, list_choices, sequence_length
-from effitrain.core.cut import removed_share, small_spec
+from effitrain.core.cut import ratio_of, small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.ledger import Work
 from effitrain.core.methods import METHODS
@@ -88,7 +88,7 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "tr
     if work != "train":
         return _whole(spec, recipe, budget, work)
     _check_group(recipe, sequence_length(spec, recipe))
-    if recipe.prune_method == "loraprune" and (recipe.fit == "prune" or recipe.prune_ratio is not None):
+    if recipe.prune_method == "loraprune" and recipe.asks_to_prune:
         small_spec(spec, recipe)
         return [Way("prune", "resident", spec, recipe, budget, recipe.prune_ratio)]  # the whole model, masked
     if recipe.method == "full":
@@ -97,37 +97,40 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "tr
     resident = [Way("resident", "resident", spec, recipe, budget)] if recipe.resident_layers is None else []
     stream = [Way("stream", "streamed", spec, recipe, budget)] if can_stream else []
     prune: list[Way] = []
-    asked = recipe.fit == "prune" or recipe.prune_ratio is not None
-    if asked and len(spec.shapes) > 1:
+    if recipe.asks_to_prune and len(spec.shapes) > 1:
         raise InputError(
             f"{spec.name} has layers of several widths: it is pruned already, and is not pruned again.",
             next_step="Train on it as it is, or prune the full-size model by more.",
         )
-    if asked or (recipe.fit == "auto" and prunable(spec, recipe)):
+    if recipe.asks_to_prune or (recipe.fit == "auto" and prunable(spec, recipe)):
         cut = _cut(spec, recipe)
         kept: tuple[Weights, ...] = ("resident", "streamed") if can_stream else ("resident",)
         kept = kept if recipe.resident_layers is None else tuple(way for way in kept if way == "streamed")
         prune = [Way("prune", weights, cut[ratio], recipe, budget, ratio, spec) for weights in kept for ratio in cut]
     if recipe.fit != "auto":
         return {"resident": resident, "stream": stream, "prune": prune}[recipe.fit]
-    if recipe.prune_ratio is not None:  # who names a ratio wants it
+    if recipe.asks_to_prune:
         return prune
     return [*resident, *prune, *stream] if recipe.prefer == "fast" else [*resident, *stream, *prune]
 
 
 def _cut(spec: ModelSpec, recipe: Recipe) -> dict[float, ModelSpec]:
-    """The small models that come into question, by ratio. One that is there already is of the recipe's ratio if that
-    removes as many weights; else what it lacks is its ratio.
+    """The small models that come into question, by ratio.
+
+    Raises:
+        InputError: one is there already, and was cut by another ratio than the recipe's.
     """
     if not recipe.small_model:
         ratios = PRUNE_RATIOS if recipe.prune_ratio is None else (recipe.prune_ratio,)
         return {ratio: small_spec(spec, recipe.changed(prune_ratio=ratio)) for ratio in ratios}
     small = small_spec(spec, recipe)
-    with suppress(InputError):  # the recipe names no ratio, or one with which no layer would be left to prune
-        if small_spec(spec, recipe.changed(small_model=None)).linear_params == small.linear_params:
-            assert recipe.prune_ratio is not None
-            return {recipe.prune_ratio: small}
-    return {removed_share(spec, small): small}
+    ratio = ratio_of(spec, small, Path(recipe.small_model))
+    if recipe.prune_ratio not in (None, ratio):
+        raise InputError(
+            f"The small model {recipe.small_model} was cut by {ratio:g}, and --prune-ratio is {recipe.prune_ratio:g}.",
+            next_step="Leave --prune-ratio out to train on it, or --small-model to prune anew.",
+        )
+    return {ratio: small}
 
 
 def _whole(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work) -> list[Way]:

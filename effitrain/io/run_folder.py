@@ -36,8 +36,9 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the report, the last thing a run writes, is there."""
-        return (self.path / "report.json").is_file()
+        """Whether the report, the last thing a run writes, is there, and what the run was for."""
+        made = (self.path / name for name in ("adapter/adapter_model.safetensors", "model/config.json"))
+        return (self.path / "report.json").is_file() and any(path.is_file() for path in made)
 
     @property
     def started(self) -> bool:

@@ -73,7 +73,7 @@ MEMORY = {
     "--prune-round": Case("32", PRUNED),
     "--prune-exempt": Case("1,0", PRUNED),
     "--prune-method": Case("loraprune", PRUNED),
-    "--small-model": Case("nowhere", PRUNED),
+    "--small-model": Case("nowhere"),
     "--max-seq-len": Case("64"),
     "--batch-size": Case("2"),
     "--grad-accum": Case("3"),
@@ -130,7 +130,7 @@ SMALL = "--model tiny --max-seq-len 64 --fit stream --quant none --resident-laye
 CASES = {
     "plan": {
         **MEMORY,
-        "--small-model": Case("nowhere", PRUNED, said="nowhere holds no config.json"),
+        "--small-model": Case("nowhere", said="nowhere holds no config.json"),
         **BOTH,
         **{flag: case._replace(said="", nothing=True) for flag, case in TRAINING.items()},
         **{flag: TRAINING[flag] for flag in ("--prune-ranking", "--calib-dataset")},  # other ways leave them out
@@ -141,7 +141,7 @@ CASES = {
         **{flag: case._replace(dry=True) for flag, case in MEMORY.items()},
         **BOTH,
         **TRAINING,
-        "--small-model": Case("nowhere", PRUNED, said="There is no keep map nowhere"),
+        "--small-model": Case("nowhere", said="There is no keep map nowhere"),
         "--prove": Case(),
         "--dry-run": Case(),
         "--json": Case(),

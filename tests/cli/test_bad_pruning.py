@@ -47,7 +47,7 @@ RUNS = {
         ["--prune-ratio", 0.5, "--prune-exempt", "0,0", "--calib-dataset", "none.jsonl"],
         ("none.jsonl",),
     ),
-    "no such small model": (["--prune-ratio", 0.5, "--prune-exempt", "0,0", "--small-model", "none"], ("none", "keep")),
+    "no such small model": (["--small-model", "none"], ("There is no keep map none",)),
 }
 
 

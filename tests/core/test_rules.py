@@ -30,7 +30,10 @@ def test_what_full_tuning_cannot_use_is_refused(fields, reason) -> None:
         ({"mlp_tiles": 2, "recompute": "none"}, "--mlp-tiles computes layers again, and --recompute none"),
         ({"mlp_tiles": 2, "lora_dropout": 0.1}, "leave out --lora-dropout"),
         ({"join_documents": True, "packing": True}, "--packing keeps samples apart"),
-        ({"small_model": "small"}, "--small-model small is for --fit prune, and --fit is auto"),
+        (
+            {"small_model": "small", "prune_score": "flap"},
+            "--prune-score is for pruning, and --small-model small is pruned already",
+        ),
         ({"join_documents": True, "format": "alpaca"}, "--join-documents is for running text, and --format is alpaca"),
     ],
 )

@@ -54,6 +54,12 @@ def test_plain_pairs_have_no_headings(tokenizer, prompt, completion, text):
     assert marked(plain, (Turn("prompt", prompt), Turn("completion", completion))) == text
 
 
+def test_none_adds_the_end_alone(tokenizer):
+    template = find_template("none", tokenizer)
+    assert marked(template, (Turn("prompt", "Q: 1+1\nA:"), Turn("completion", " 2"))) == "Q: 1+1\nA:« 2</s>»"
+    assert template.prompt([Turn("user", "Once upon a time")]) == "Once upon a time"
+
+
 def test_chatml(make_tokenizer):
     template = find_template("chatml", make_tokenizer(("<|im_start|>", "<|im_end|>")))
     assert marked(template, DIALOGUE) == (
@@ -107,7 +113,7 @@ def test_auto_without_a_chat_template_is_plain(tokenizer):
 
 
 def test_an_unknown_template(tokenizer):
-    with pytest.raises(InputError, match=r"no template 'vicuna'.\nUse --template auto, plain, chatml, llama3"):
+    with pytest.raises(InputError, match=r"no template 'vicuna'.\nUse --template auto, plain, chatml, llama3, none"):
         find_template("vicuna", tokenizer)
 
 

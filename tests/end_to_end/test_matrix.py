@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from effitrain import api
 from effitrain.core.errors import InputError, Interrupted
+from effitrain.core.rules import MADE_BY
 from effitrain.planning import recipe
 
 STEPS, ROW, GROUP, WIDE_GROUP = 3, 96, 16, 94  # the longest sample has at most half of WIDE_GROUP, and more than GROUP
@@ -179,6 +180,7 @@ class Matrix:
         if how == "through files":
             small = {"output_dir": str(out.with_name(f"{out.name}-small"))}
             api.prune(recipe(**fields, **small))
+            fields = {name: value for name, value in fields.items() if name not in MADE_BY}
             fields = {**fields, "small_model": small["output_dir"]}
         asked = recipe(**fields, output_dir=str(out))
         if cell.ending != "whole":

@@ -132,16 +132,19 @@ def test_three_commands_scale_positions_as_one_does(full, flags, effitrain, tmp_
 
 
 def test_a_small_model_serves_many_adapters(one, full, flags, effitrain, tmp_path):
-    """It is as large as it is, whatever ratio is named or none."""
-    pruned = ["--model", full, "--fit", "prune", "--small-model", one / "small"]
+    """It is as large as it is, and says so where it is asked to be of another size."""
+    pruned = ["--model", full, "--small-model", one / "small"]
     answer = effitrain("run", *pruned, *flags, "--seed", 1, "-o", tmp_path / "other")
     assert answer.code == 0, answer.err
     assert not (tmp_path / "other/small").exists()
-    assert read(tmp_path / "other/report.json")["prune"]["ratio"] == 0.5
-    for named in ([], ["--prune-ratio", 0.5], ["--prune-ratio", 0.25]):
+    report = read(tmp_path / "other/report.json")["prune"]
+    assert (report["ratio"], report["parts"]) == (0.5, "ffn+kv")
+    for named in ([], ["--prune-ratio", 0.5]):
         plan = json.loads(effitrain("plan", *pruned, *flags, "--seed", 1, *named, "--json").out)
         assert (plan["prune_ratio"], plan["peak_bytes"]) == (0.5, read(tmp_path / "other/plan.json")["peak_bytes"])
-        assert any("is trained on as it is: 50% of the layers" in reason for reason in plan["reasons"])
+        assert any("is trained on as it is: it was pruned by 0.5" in reason for reason in plan["reasons"])
+    answer = effitrain("plan", *pruned, *flags, "--prune-ratio", 0.7)
+    assert answer.code == 2 and "was cut by 0.5, and --prune-ratio is 0.7" in answer.err
 
 
 def test_ratio_zero_is_plain_qlora(full, flags, effitrain, tmp_path):
