@@ -100,6 +100,14 @@ FOLDERS = {
         lambda p: p.run(o=None, output_dir=p.finished, seed=3),
         ("another recipe: --seed 42 -> 3.", "-o"),
     ),
+    "a mistyped model in the folder of a run": (
+        lambda p: p.run(o=None, output_dir=p.finished, model="lama-70b"),
+        ("no folder 'lama-70b'", "llama-70b"),
+    ),
+    "a mistyped data set in the folder of a run": (
+        lambda p: p.run(o=None, output_dir=p.finished, dataset="nowhere.jsonl"),
+        ("nowhere.jsonl",),
+    ),
     "a finished run made longer": (
         lambda p: p.run(o=None, output_dir=p.finished, max_steps=40, lora_targets="q_proj,v_proj"),
         ("--max-steps 2 -> 40, --lora-targets auto -> q_proj,v_proj.", "-o", "--init-adapter"),
@@ -148,6 +156,10 @@ FOLDERS = {
     "adapter of another model": (
         lambda p: ["export", "--model", p.model(intermediate_size=96), "--adapter", p.finished, "-o", p.root / "out"],
         ("another model", "Name the model it was trained on: "),
+    ),
+    "a missing adapter exported over something": (
+        lambda p: p.with_adapter("export", p.root / "none", "-o", p.file("there/x", "x").parent),
+        ("no adapter in",),
     ),
     "export over something": (
         lambda p: p.with_adapter("export", p.finished, "-o", p.file("there/x", "x").parent),

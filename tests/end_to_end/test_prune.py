@@ -99,8 +99,12 @@ def test_three_commands_give_the_same_adapter_byte_for_byte(one, full, flags, ef
     assert [answer.code for answer in answers] == [0, 0, 0], answers
     assert (small / "model.safetensors").read_bytes() == (one / "small/model.safetensors").read_bytes()
     assert losses(run) == losses(one)
+    again = tmp_path / "again"
+    of_one = effitrain("recover", "--model", full, "--adapter", one, "--keep", one, "-o", again)  # its adapter-small
+    assert of_one.code == 0, of_one.err
     name = "adapter_model.safetensors"
-    assert (adapter / name).read_bytes() == (one / "adapter" / name).read_bytes()
+    for recovered in (adapter, again):
+        assert (recovered / name).read_bytes() == (one / "adapter" / name).read_bytes()
 
 
 def test_three_commands_scale_positions_as_one_does(full, flags, effitrain, tmp_path):

@@ -1,6 +1,7 @@
 """``effitrain run`` from the command to the files of the contract; a second time; and as a rehearsal."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,15 @@ def test_finished_is_finished(effitrain, command, out, digests):
     as_json = effitrain(*command, "-o", out, "--json")
     assert as_json.code == 0 and json.loads(as_json.out) == read(out / "report.json")
     assert digests(out) == before
+
+
+def test_a_run_whose_adapter_is_gone_is_not_finished(effitrain, command, out, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "adapter")
+    assert effitrain(*command, "-o", again).code == 0
+    weights = Path("adapter", "adapter_model.safetensors")
+    assert (again / weights).read_bytes() == (out / weights).read_bytes()
 
 
 def test_the_recipe_it_leaves_repeats_it(effitrain, out, tmp_path):
