@@ -30,10 +30,12 @@ def test_every_weight_has_master_gradient_and_states() -> None:
         assert not {"frozen linears", "embedding", "head", "norms and biases", "adapter weights"} & sizes.keys()
 
 
-def test_what_does_not_fit_is_offered_without_4_bits() -> None:
+def test_full_training_that_does_not_fit_is_offered_in_4_bits_as_lora_alone() -> None:
     made = plan("llama-70b", method="full", batch_size=8)
     assert not made.fits and made.fit == "resident"
-    assert not any("nf4" in other.why or other.fit != "resident" for other in made.alternatives)
+    others = [other for other in made.alternatives if "--method lora --quant nf4" not in other.why]
+    assert len(others) < len(made.alternatives)
+    assert not any("nf4" in other.why or other.fit != "resident" for other in others)
 
 
 @pytest.mark.parametrize("method", ["lisa", "lisa-delta", "lisa-lora"])
