@@ -238,9 +238,10 @@ def recover(adapter: str, keep: str, model: str, target: str) -> Path:
     Raises:
         InputError: the three do not belong together, or the target exists.
     """
-    folder, kept, base = adapter_folder(adapter, "adapter-small"), read_keep(Path(keep)), find_base(model).fetched()
+    folder, kept, base = adapter_folder(adapter, "adapter-small"), read_keep(Path(keep)), find_base(model)
+    read_adapter(folder)  # told before a model is downloaded
     path = _new_folder(target)
-    recover_adapter(folder, kept, base, path, positions_of_small(str(folder), keep))
+    recover_adapter(folder, kept, base.fetched(), path, positions_of_small(str(folder), keep))
     return path
 
 

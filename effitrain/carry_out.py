@@ -25,7 +25,7 @@ from effitrain.evals.events import Events
 from effitrain.evals.recovered import compare, facts
 from effitrain.evals.walked import ends
 from effitrain.io.atomic import remove_stale, write_json
-from effitrain.io.disk import check_space, free_bytes
+from effitrain.io.disk import check_space, folder_bytes, free_bytes
 from effitrain.io.keep import KEEP, write_keep
 from effitrain.io.run_folder import RunFolder, open_run
 from effitrain.model.load import Base, find_base
@@ -133,10 +133,10 @@ def _look_ahead(
             speed = the_plan.tokens_per_second_estimate
             text += f": {format_duration(tokens / speed)} at {speed:,.0f} tokens/s, as the plan estimates"
         events.note(f"{text}.")
-    small_is_there = (folder.path / "small").exists()
+    small_is_there, aligned = (folder.path / "small").exists(), folder_bytes(folder.path / "small-align")
 
     def needed(recipe: Recipe) -> int:
-        return bytes_to_come(base.spec, recipe, the_plan, course.steps, done, len(held), small_is_there)
+        return bytes_to_come(base.spec, recipe, the_plan, course.steps, done, len(held), small_is_there) - aligned
 
     step, fewer = "name an output folder on a larger disk with -o.", recipe.changed(keep_checkpoints=1)
     if needed(fewer) < needed(recipe) and needed(fewer) <= free_bytes(folder.path):

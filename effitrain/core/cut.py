@@ -6,7 +6,9 @@ The ratio is meant for each pruned part of the layers that are not exempt; hidde
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 from effitrain.core.errors import InputError
@@ -68,13 +70,15 @@ def cut_widths(
         )
     removed = Fraction(repr(float(ratio)))  # as written: 0.07 of 100 channels is 7 of them, not 7.000000000000001
     pruned = range(first, spec.num_layers - last)
-    return tuple(
-        Widths(
-            _kept_ffn(whole.ffn, removed, multiple) if index in pruned and "ffn" in parts else whole.ffn,
-            _kept_kv_heads(spec, whole.kv_heads, removed) if index in pruned and "kv" in parts else whole.kv_heads,
+
+    @cache  # few of a hundred layers differ
+    def kept(whole: Widths) -> Widths:
+        return Widths(
+            _kept_ffn(whole.ffn, removed, multiple) if "ffn" in parts else whole.ffn,
+            _kept_kv_heads(spec, whole.kv_heads, removed) if "kv" in parts else whole.kv_heads,
         )
-        for index, whole in enumerate(spec.widths)
-    )
+
+    return tuple(kept(whole) if index in pruned else whole for index, whole in enumerate(spec.widths))
 
 
 def small_spec(spec: ModelSpec, recipe: Recipe) -> ModelSpec:
@@ -121,12 +125,19 @@ def _made_before(spec: ModelSpec, folder: Path) -> ModelSpec:
     return spec.resized(small.widths).with_biases([path for path, linear in small.linears.items() if linear.bias])
 
 
-def ratio_of(spec: ModelSpec, small: ModelSpec, folder: Path) -> float:
-    """The ratio that the small model in ``folder`` was cut by: what ``prune`` noted there, else what is gone."""
+def ratio_of(spec: ModelSpec, small: ModelSpec, recipe: Recipe) -> float:
+    """The ratio that ``small`` was cut by: what ``prune`` noted in its folder, else the recipe's own where it leaves as
+    many weights, else what is gone.
+    """
     try:
-        return float(json.loads((folder / CUT_FACTS).read_text(encoding="utf-8"))["made_of"]["prune_ratio"])
+        facts = Path(recipe.small_model or "") / CUT_FACTS
+        return float(json.loads(facts.read_text(encoding="utf-8"))["made_of"]["prune_ratio"])
     except (OSError, ValueError, KeyError, TypeError):
-        return removed_share(spec, small)
+        pass
+    with suppress(InputError):  # a ratio with which no layer is left to prune
+        if recipe.prune_ratio and cut_spec(spec, recipe.prune_ratio).linear_params == small.linear_params:
+            return recipe.prune_ratio
+    return removed_share(spec, small)
 
 
 def removed_share(spec: ModelSpec, small: ModelSpec) -> float:

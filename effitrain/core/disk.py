@@ -8,8 +8,12 @@ from effitrain.core.recipe import Recipe
 from effitrain.core.spec import ModelSpec
 from effitrain.core.weights import elements
 
-# Lines of the ledger that a checkpoint holds as they are. What grows as rows and layers are met is left out.
-_CHECKPOINTED = ("adapter weights", "trained weights", "embedding, trained", "optimizer states")
+# Lines of the ledger that a checkpoint holds as they are, at the end of a run of LISA those of layers that took turns.
+# Moments of the embedding, which come with the tokens that are met, are left out.
+_CHECKPOINTED = (
+    "adapter weights", "trained weights", "trained layers", "embedding, trained", "optimizer states",
+    "states of layers that left",
+)  # fmt: skip
 # Alignment by training, bytes a weight: the small model in 16 bits, and two checkpoints of master weights and moments.
 _ALIGNING = 2 + 2 * 12
 
@@ -53,8 +57,10 @@ def bytes_to_come(
 
 
 def _result_bytes(spec: ModelSpec, recipe: Recipe) -> int:
-    """The adapter in float32, or the model, of 16 bits at least."""
-    return 2 * spec.params if recipe.method in CHANGES_MODEL else 4 * elements(adapter_factors(spec, recipe))
+    """The adapter in float32, with the embedding where it is trained, or the model, of 16 bits at least."""
+    if recipe.method in CHANGES_MODEL:
+        return 2 * spec.params
+    return 4 * (elements(adapter_factors(spec, recipe)) + spec.embedding_params * recipe.train_embeddings)
 
 
 def _small_bytes(small: ModelSpec, quant: str) -> int:

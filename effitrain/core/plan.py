@@ -13,8 +13,10 @@ from effitrain.core.errors import BudgetError, InputError
 from effitrain.core.ledger import DISK, LedgerLine, Settings, Work, gpu_bytes, host_bytes
 from effitrain.core.memory import adapted, make_ledger
 from effitrain.core.methods import SAMPLED
+from effitrain.core.names import flag_of
 from effitrain.core.offers import Alternative, Asked, leaner, other_ways
 from effitrain.core.recipe import Recipe
+from effitrain.core.rules import given
 from effitrain.core.spec import ModelSpec
 from effitrain.core.speed import step_time, tokens_to_hide
 from effitrain.core.units import counted, format_bytes
@@ -133,7 +135,9 @@ def resolve(recipe: Recipe, plan: Plan) -> Recipe:
     order = recipe.stream_order
     if order == "auto":
         order = "layer" if at_once > 1 else "micro-batch"
+    left = {} if plan.fit == "prune" else {name: type(recipe).model_fields[name].default for name in _unread(recipe)}
     fields = {
+        **left,
         "stream_order": order if streamed else "auto",
         "fit": plan.fit,
         "offload_activations": "on" if settings.pop("offload") else "off",
@@ -141,6 +145,11 @@ def resolve(recipe: Recipe, plan: Plan) -> Recipe:
         "prune_ratio": plan.prune_ratio if plan.fit == "prune" else recipe.prune_ratio,
     }
     return recipe.changed(**settings, **fields)
+
+
+def _unread(recipe: Recipe) -> list[str]:
+    """Choices of pruning that are given and matter only where a plan prunes."""
+    return given(recipe, recipe.fields_in("pruning"))
 
 
 def refusal(plan: Plan) -> BudgetError:
@@ -228,6 +237,9 @@ def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
             f"Positions are scaled ({recipe.rope_scaling}, {recipe.rope_factor:g} times the model's length), to"
             f" {way.spec.max_positions:,} of them."
         )
+    if way.fit != "prune" and (unread := _unread(recipe)):
+        flags = " and ".join(f"{flag_of(name)} {getattr(recipe, name)}" for name in unread)
+        yield f"Nothing is pruned, so nothing reads {flags}: --fit prune prunes."
     if settings.s2_group:
         yield f"Training attends within shifted groups of {settings.s2_group} tokens; evaluation attends in full."
     if recipe.method in SAMPLED:

@@ -233,8 +233,9 @@ class Recipe(BaseModel):
 
     @property
     def asks_to_prune(self) -> bool:
-        """Whether it prunes whatever the plan finds: who names a ratio or a small model wants it."""
-        return self.fit == "prune" or self.prune_ratio is not None or self.small_model is not None
+        """Whether it prunes whatever the plan finds: who names a ratio, a small model or LoRAPrune wants it."""
+        named = self.prune_ratio is not None or self.small_model is not None or self.prune_method == "loraprune"
+        return named or self.fit == "prune"
 
     def changed(self, **fields: Any) -> "Recipe":
         """A copy with ``fields`` replaced, validated again."""

@@ -53,15 +53,15 @@ def _context(recipe: Any) -> Iterator[str]:
 
 def _pruning(recipe: Any) -> Iterator[str]:
     if recipe.fit not in ("auto", "prune"):
-        for field in _given(recipe, recipe.fields_in("pruning")):
+        for field in given(recipe, recipe.fields_in("pruning")):
             yield f"{flag_of(field)} {getattr(recipe, field)} is for --fit prune, and --fit is {recipe.fit}."
     if recipe.small_model:
-        for field in _given(recipe, MADE_BY):
+        for field in given(recipe, MADE_BY):
             yield f"{flag_of(field)} is for pruning, and --small-model {recipe.small_model} is pruned already."
     if recipe.prune_method == "loraprune":
-        for field in _given(recipe, ("train_norms", "train_embeddings")):
+        for field in given(recipe, ("train_norms", "train_embeddings")):
             yield f"{flag_of(field)} saves them with an adapter; --prune-method loraprune ships a whole model."
-        for field in _given(recipe, ("prune_score", "prune_ranking", "align", "calib_dataset", "small_model")):
+        for field in given(recipe, ("prune_score", "prune_ranking", "align", "calib_dataset", "small_model")):
             yield f"{flag_of(field)} is for --prune-method loram; loraprune scores by its own gradients."
         if recipe.method != "lora":
             yield f"--prune-method loraprune reads the gradients of a LoRA, and --method is {recipe.method}."
@@ -80,7 +80,7 @@ def _weights(recipe: Any) -> Iterator[str]:
     method = recipe.method
     if method in WEIGHTS:
         read = ("method", "lora_r") if method == "lisa-delta" else ("method",)
-        for field in _given(recipe, recipe.fields_in("adapter")):
+        for field in given(recipe, recipe.fields_in("adapter")):
             if field not in read:
                 yield f"{flag_of(field)} is for adapters, and --method {method} trains weights."
     if method == "full" and recipe.quant != "none":
@@ -93,7 +93,7 @@ def _turns(recipe: Any) -> Iterator[str]:
     """Of methods that train a few layers at a time."""
     method = recipe.method
     if method not in SAMPLED:
-        for field in _given(recipe, recipe.fields_in("lisa")):
+        for field in given(recipe, recipe.fields_in("lisa")):
             yield f"{flag_of(field)} is for --method {', '.join(SAMPLED)}, and --method is {method}."
         return
     if method != "lisa" and recipe.lisa_train_embeddings:
@@ -103,10 +103,10 @@ def _turns(recipe: Any) -> Iterator[str]:
     if recipe.lisa_state == "keep-host" and recipe.optimizer == "adamw8bit":
         yield "--lisa-state keep-host keeps 32-bit states, and --optimizer is adamw8bit."
     if method == "lisa-lora":
-        for field in _given(recipe, ("train_norms", "train_embeddings")):
+        for field in given(recipe, ("train_norms", "train_embeddings")):
             yield f"{flag_of(field)} trains in every step, and --method lisa-lora a few layers at a time."
 
 
-def _given(recipe: Any, fields: Iterable[str]) -> list[str]:
+def given(recipe: Any, fields: Iterable[str]) -> list[str]:
     """Those of ``fields`` that are not as they are when left out."""
     return [field for field in fields if getattr(recipe, field) != type(recipe).model_fields[field].default]

@@ -166,17 +166,16 @@ class ModelSpec:
     def resized(self, widths: Sequence[Widths]) -> "ModelSpec":
         """The model with layers of these widths, each KV head with its share of the query heads."""
         group = self.num_heads // self.num_kv_heads * self.head_dim
-        layers = [
-            layer.resized(
-                {
-                    Axis.FFN: width.ffn,
-                    Axis.KV_HEADS: width.kv_heads * self.head_dim,
-                    Axis.HEADS: width.kv_heads * group,
-                }
-            )
-            for layer, width in zip(self.layers, widths, strict=True)
-        ]
-        return replace(self, layers=tuple(layers))
+        resized: dict[
+            tuple[tuple[LinearSpec, ...], Widths], tuple[LinearSpec, ...]
+        ] = {}  # few of a hundred layers differ
+        for layer, width in zip(self.layers, widths, strict=True):
+            if (layer.linears, width) not in resized:
+                kv_rows, rows = width.kv_heads * self.head_dim, width.kv_heads * group
+                sizes = {Axis.FFN: width.ffn, Axis.KV_HEADS: kv_rows, Axis.HEADS: rows}
+                resized[layer.linears, width] = layer.resized(sizes).linears
+        pairs = zip(self.layers, widths, strict=True)
+        return replace(self, layers=tuple(replace(a, linears=resized[a.linears, width]) for a, width in pairs))
 
     def with_biases(self, paths: Collection[str]) -> "ModelSpec":
         """The model with a bias on the linears of these paths, as ``model.layers.3.mlp.down_proj``."""

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 from effitrain.core.budget import MemoryBudget
@@ -88,7 +87,7 @@ def ways(spec: ModelSpec, recipe: Recipe, budget: MemoryBudget, work: Work = "tr
     if work != "train":
         return _whole(spec, recipe, budget, work)
     _check_group(recipe, sequence_length(spec, recipe))
-    if recipe.prune_method == "loraprune" and recipe.asks_to_prune:
+    if recipe.prune_method == "loraprune":
         small_spec(spec, recipe)
         return [Way("prune", "resident", spec, recipe, budget, recipe.prune_ratio)]  # the whole model, masked
     if recipe.method == "full":
@@ -124,7 +123,7 @@ def _cut(spec: ModelSpec, recipe: Recipe) -> dict[float, ModelSpec]:
         ratios = PRUNE_RATIOS if recipe.prune_ratio is None else (recipe.prune_ratio,)
         return {ratio: small_spec(spec, recipe.changed(prune_ratio=ratio)) for ratio in ratios}
     small = small_spec(spec, recipe)
-    ratio = ratio_of(spec, small, Path(recipe.small_model))
+    ratio = ratio_of(spec, small, recipe)
     if recipe.prune_ratio not in (None, ratio):
         raise InputError(
             f"The small model {recipe.small_model} was cut by {ratio:g}, and --prune-ratio is {recipe.prune_ratio:g}.",

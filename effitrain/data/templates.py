@@ -13,9 +13,10 @@ so the end-of-turn mark is always learnt. ``plain`` is the layout of Alpaca:
     {output}</s>
 
 A prompt with its completion has no headings in ``plain``: the prompt, a line end unless there is white space already,
-the completion, the end-of-sequence token. ``none`` adds nothing but that token: for rows that bring their own marks,
-and to let a model of running text go on from a prompt. In the other templates the two are a user's and an assistant's
-turn.
+the completion, the end-of-sequence token. In the other templates they are a user's and an assistant's turn.
+
+``none`` adds that token alone, and an empty line before Alpaca's input: for rows that bring their own marks, and to let
+a model of running text go on from a prompt.
 """
 
 from collections.abc import Mapping, Sequence

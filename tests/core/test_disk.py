@@ -63,6 +63,17 @@ def test_of_pruning_while_training_both_forms_of_the_small_model_are_left() -> N
     assert one == 2 * small.params and both - one == pytest.approx(4.1e9, rel=0.05)
 
 
+def test_what_is_trained_in_full_and_what_took_turns_is_saved_too() -> None:
+    table = 4 * spec_of("llama-70b").embedding_params
+    plain, trained = (forecast("llama-70b", {"train_embeddings": on}, 100, 100, 2) for on in (False, True))
+    assert trained - plain == table
+    reset, kept = (
+        forecast("llama-3.1-8b", {"method": "lisa", "lisa_state": state}, 100) for state in ("reset", "keep-host")
+    )
+    layers = 32 * 218_112_000
+    assert reset > 2 * layers and kept > reset + layers
+
+
 @pytest.mark.parametrize(("every", "steps", "interval"), [(None, 237, 23), (None, 3, 1), (7, 237, 7)])
 def test_a_tenth_of_the_run_unless_told_otherwise(every: int | None, steps: int, interval: int) -> None:
     assert save_interval(make_recipe({"save_every": every}), steps) == interval

@@ -10,7 +10,7 @@ from shapes import config_of, preset
 from effitrain.core.budget import GIB, make_budget
 from effitrain.core.cut import cut_spec
 from effitrain.core.names import flag_of
-from effitrain.core.plan import Plan, make_plan, refusal
+from effitrain.core.plan import Plan, make_plan, refusal, resolve
 from effitrain.core.recipe import make_recipe
 from effitrain.core.spec import pruned_config
 
@@ -65,7 +65,10 @@ def _check_offers(model: str, gpu: float, host: float, fields: dict[str, Any]) -
     rows = [row for row in made(*asked).alternatives if row.why.startswith("--")]
     assert any(row.fits for row in rows)
     for row in rows:
-        plan = made(model, gpu, host, taken(fields, row.why))
+        flags = taken(fields, row.why)
+        plan = made(model, gpu, host, flags)
+        if plan.fits:
+            resolve(make_recipe(flags), plan)
         found = (plan.fits, plan.fit, plan.prune_ratio, plan.peak_bytes, plan.host_peak_bytes)
         assert found == (row.fits, row.fit, row.prune_ratio, row.peak_bytes, row.host_peak_bytes), row.why
 

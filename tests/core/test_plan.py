@@ -205,6 +205,24 @@ def test_an_8b_trains_on_a_12_gb_card() -> None:
     assert plan(gpu=card_bytes("rtx3060")).fits
 
 
+def test_choices_of_pruning_wait_for_a_plan_that_prunes() -> None:
+    """Whether it does may hang on free memory: they are no error, and are told where nothing reads them."""
+    asked = {"prune_score": "magnitude", "align": "none"}
+    whole, pruned = plan("llama-3.2-1b", **asked), plan("llama-3.2-1b", prune_ratio=0.5, **asked)
+    told = "Nothing is pruned, so nothing reads --prune-score magnitude and --align none: --fit prune prunes."
+    assert told in whole.reasons and told not in pruned.reasons
+    left = [resolve(make_recipe(asked), made) for made in (whole, pruned)]
+    assert [(recipe.fit, recipe.prune_score, recipe.align) for recipe in left] == [
+        ("resident", "wanda", "lsq"),
+        ("prune", "magnitude", "none"),
+    ]
+
+
+def test_loraprune_needs_a_ratio() -> None:
+    with pytest.raises(InputError, match="needs a ratio"):
+        plan("llama-70b", prune_method="loraprune")
+
+
 def test_resolve_fills_in_what_was_open_and_nothing_else() -> None:
     recipe = make_recipe({"lora_r": 8, "columns": {"prompt": "q"}})
     made = make_plan(preset("llama-3.1-8b"), recipe, PLENTY)
