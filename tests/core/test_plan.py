@@ -123,7 +123,8 @@ def test_planning_is_quick_and_needs_no_torch() -> None:
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
     started = time.process_time()
     plan("llama-405b", 20 * GIB, batch_size=16, recompute="none", quant="none")
-    assert time.process_time() - started < 1  # 0.15 s alone on a core; other programs do not count
+    # 0.4 s alone on a core; nothing fits, and what would is looked for. Other programs only slow a core down.
+    assert time.process_time() - started < 2
 
 
 def test_one_byte_too_little_is_refused_with_the_shortfall_and_the_way_out() -> None:
