@@ -166,9 +166,7 @@ class ModelSpec:
     def resized(self, widths: Sequence[Widths]) -> "ModelSpec":
         """The model with layers of these widths, each KV head with its share of the query heads."""
         group = self.num_heads // self.num_kv_heads * self.head_dim
-        resized: dict[
-            tuple[tuple[LinearSpec, ...], Widths], tuple[LinearSpec, ...]
-        ] = {}  # few of a hundred layers differ
+        resized: dict[tuple[tuple[LinearSpec, ...], Widths], tuple[LinearSpec, ...]] = {}  # many layers are alike
         for layer, width in zip(self.layers, widths, strict=True):
             if (layer.linears, width) not in resized:
                 kv_rows, rows = width.kv_heads * self.head_dim, width.kv_heads * group
