@@ -48,7 +48,8 @@ A = [
     slow("its evaluation loss falls", at_least(0.25, SHARE), "quickstart, loss"),
     tested("`effitrain run` alone, offline: evaluation loss falls", "25 % in 120 s of CPU",
            "end_to_end/test_first_commands.py::test_run_alone_teaches_the_built_in_model"),
-    slow("`scripts/test.sh` (ruff, mypy, tests) from a fresh clone", at_most(720, SECONDS), "test.sh, seconds"),
+    slow("`scripts/test.sh` (ruff, mypy, tests) from a fresh clone", at_most(720, SECONDS), "test.sh, seconds")
+    .because("On a machine half as fast as the one before, where it took 555 s; within the 15 minutes of the design."),
     slow("stories3M learns Alpaca in 60 steps: evaluation loss falls", at_least(0.15, SHARE), "Alpaca"),
     slow("the same on GSM8K text", at_least(0.4, SHARE), "GSM8K"),
     tested("a run writes every file of the contract", "all",
