@@ -175,6 +175,11 @@ def _warnings(run: Outcome) -> Iterator[str]:
         yield "There was no evaluation set, so whether the model got better was not measured."
     elif evals[-1][1] > evals[0][1]:
         yield _rose(run.recipe, plan, evals[0][1], evals[-1][1])
+    if plan.fit == "prune" and run.recipe.prune_method == "loraprune" and run.recipe.prune_exempt != (0, 0):
+        yield (
+            "Stock transformers does not load the model, whose first and last layers are wider than the others: the"
+            " verbs here do. --prune-exempt 0,0 makes one that it loads."
+        )
     if run.positions and run.positions.warning:
         yield run.positions.warning
     if run.peak_bytes > _MORE * plan.peak_bytes:

@@ -218,6 +218,7 @@ def test_loraprune_leaves_a_small_model_that_is_used_like_any_other(pruned_while
     out = pruned_while_training
     report = read(out / "report.json")
     assert report["adapter"] is None and not (out / "adapter").exists()
+    assert any("--prune-exempt 0,0 makes one" in warning for warning in report["warnings"])
     assert report["prune"]["small_after"] == report["loss"]["eval_after"] < report["loss"]["eval_before"]
     assert read(out / "model/config.json")["effitrain_widths"] == {"ffn": [112, 56, 56, 112], "kv_heads": [2, 1, 1, 2]}
     asked = ["--dataset", counting, "--max-seq-len", 96, "--dtype", "fp32", "--json"]
