@@ -20,6 +20,7 @@ from effitrain.core.plan import Plan, make_plan, resolve
 from effitrain.core.recipe import Recipe
 from effitrain.core.report import Report
 from effitrain.core.units import counted, format_bytes, format_duration
+from effitrain.data.batches import Batches
 from effitrain.data.prepare import PreparedData, prepare_data
 from effitrain.evals.events import Events
 from effitrain.evals.recovered import compare, facts
@@ -62,7 +63,8 @@ def _carry_out(
         write_json(folder.path / "config.json", dict(base.source.config))
     pruning = recipe.prune_method if the_plan.fit == "prune" else None
     base, data, folder = _inputs(recipe, folder, the_plan, base, events)
-    _look_ahead(recipe, folder, the_plan, base, data, events)
+    batches = make_batches(data.train, recipe)
+    _look_ahead(recipe, folder, the_plan, base, batches, events)
     device = torch.device(budget.device)
     meter = Meter(device)
     cap(device, the_plan)
@@ -70,7 +72,7 @@ def _carry_out(
     trained_on, adapter = (small.base.at_positions(base.source.config), "adapter-small") if small else (base, "adapter")
     if small:
         events.note("Training on the small model: losses by step are its own.")
-    run = train_model(recipe, the_plan, budget, meter, folder, trained_on, data, events, adapter)
+    run = train_model(recipe, the_plan, budget, meter, folder, trained_on, data, batches, events, adapter)
     if small:
         bundle = recover_adapter(folder.path / adapter, small.keep, base, folder.path / "adapter")
         batches = make_batches(data.eval, recipe)
@@ -113,7 +115,7 @@ def _inputs(
 
 
 def _look_ahead(
-    recipe: Recipe, folder: RunFolder, the_plan: Plan, base: Base, data: PreparedData, events: Events
+    recipe: Recipe, folder: RunFolder, the_plan: Plan, base: Base, batches: Batches, events: Events
 ) -> None:
     """Tell how long the run is, in hours too on a card, whose speed the plan estimates; refuse it where the disk has no
     room for what it saves. Nothing is loaded yet.
@@ -121,27 +123,27 @@ def _look_ahead(
     Raises:
         InputError: it takes more than is free.
     """
-    batches = make_batches(data.train, recipe)
     course = make_course(recipe, batches, the_plan.settings.at_once)
     held, begun = checkpoints(folder.path / "checkpoints"), resumed_from(recipe, folder.path / "checkpoints")
     done = step_of(begun) if begun else 0
     if (left := course.steps - done) > 0:
         micro_batches = course.micro_batches - done * course.grad_accum
-        tokens = round(data.train.lengths.sum() * micro_batches / batches.per_epoch)
+        tokens = round(batches.token_set.lengths.sum() * micro_batches / batches.per_epoch)
         text = f"Training: {counted(left, 'more step' if done else 'step')}, about {tokens:,} tokens"
         if the_plan.overhead_bytes:
             speed = the_plan.tokens_per_second_estimate
             text += f": {format_duration(tokens / speed)} at {speed:,.0f} tokens/s, as the plan estimates"
         events.note(f"{text}.")
     small_is_there, aligned = (folder.path / "small").exists(), folder_bytes(folder.path / "small-align")
-
-    def needed(recipe: Recipe) -> int:
-        return bytes_to_come(base.spec, recipe, the_plan, course.steps, done, len(held), small_is_there) - aligned
-
-    step, fewer = "name an output folder on a larger disk with -o.", recipe.changed(keep_checkpoints=1)
-    if needed(fewer) < needed(recipe) and needed(fewer) <= free_bytes(folder.path):
-        step = f"keep fewer with --keep-checkpoints 1, which takes {format_bytes(needed(fewer))}, or {step}"
-    check_space(folder.path, "What the run saves", needed(recipe), step[0].upper() + step[1:])
+    needed, fewer = (
+        bytes_to_come(base.spec, kept, the_plan, course.steps, done, len(held), small_is_there) - aligned
+        for kept in (recipe, recipe.changed(keep_checkpoints=1))
+    )
+    elsewhere = "name an output folder on a larger disk with -o."
+    step = elsewhere.capitalize()
+    if fewer < needed and fewer <= free_bytes(folder.path):
+        step = f"Keep fewer with --keep-checkpoints 1, which takes {format_bytes(fewer)}, or {elsewhere}"
+    check_space(folder.path, "What the run saves", needed, step)
 
 
 def _make_small(

@@ -49,16 +49,16 @@ WARM_STEPS = 2  # after these every buffer of a step is there
 
 def train_model(
     recipe: Recipe, the_plan: Plan, budget: MemoryBudget, meter: Meter, folder: RunFolder, base: Base,
-    data: PreparedData, events: Events, adapter: str,
+    data: PreparedData, batches: Batches, events: Events, adapter: str,
 ) -> Outcome:  # fmt: skip
     """Train ``base`` and save, in ``folder``, the adapter under the name ``adapter``, or the model that was changed.
 
-    What is told afterwards is of ``base``.
+    ``batches`` are those of the training data. What is told afterwards is of ``base``.
 
     Raises:
         OverBudget: a trial step takes more than the budget.
     """
-    job = _assembled(recipe, the_plan, meter.device, base, data, events)
+    job = _assembled(recipe, the_plan, meter.device, base, batches, events)
     pruner = _pruner(job, recipe, the_plan, base)
     evaluated = make_batches(data.eval, recipe)
     tokens = len(job.batches.longest.input_ids)
@@ -141,13 +141,13 @@ def cap(device: torch.device, the_plan: Plan) -> None:
 
 
 def _assembled(
-    recipe: Recipe, the_plan: Plan, device: torch.device, base: Base, data: PreparedData, events: Events
+    recipe: Recipe, the_plan: Plan, device: torch.device, base: Base, batches: Batches, events: Events
 ) -> Job:
     """The job; says what it costs where the system refuses to pin host memory."""
     job = assemble(
         recipe,
         base,
-        data.train,
+        batches,
         device,
         lambda part: events.loaded(part, base.spec.num_layers),
         placement_of(the_plan),

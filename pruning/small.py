@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from effitrain.core.cut import CUT_FACTS, default_multiple, small_spec
+from effitrain.core.cut import cut_facts, default_multiple, small_spec
 from effitrain.core.errors import InputError
 from effitrain.core.keep import KeepMap, LayerKeep
 from effitrain.core.positions import position_facts
@@ -228,12 +228,8 @@ def _reuse(target: Path, made_of: Mapping[str, Any], tell: Callable[[str], None]
     return Small(find_base(str(target)).fetched(), read_keep(target))
 
 
-def _check_made_of(target: Path, made_of: Mapping[str, Any]) -> None:
-    try:
-        known = json.loads((target / CUT_FACTS).read_text(encoding="utf-8"))["made_of"]
-    except (OSError, ValueError, KeyError, TypeError):
-        known = None
-    if known != made_of:
+def _check_made_of(target: Path, facts: Mapping[str, Any]) -> None:
+    if cut_facts(target) != facts:
         raise InputError(
             f"{target} holds something else than what pruning would write there.",
             "It was made with other choices, or from another model or text.",

@@ -25,7 +25,7 @@ from effitrain.core.spec import spec_from_config
 from effitrain.data.tokenized import TokenSet
 from effitrain.io.hub import ModelSource
 from effitrain.model.load import Base
-from effitrain.train.job import Job, assemble
+from effitrain.train.job import Job, assemble, make_batches
 from effitrain.train.loop import accumulate
 from effitrain.train.memory import Meter
 from effitrain.train.probe import probe
@@ -57,7 +57,8 @@ class Side:
         plan = make_plan(base.spec, asked, MemoryBudget(2**50, 2**50, 0, "cpu"))
         ids = np.random.default_rng(0).integers(0, base.spec.vocab, 16 * rows * length).astype(np.int32)
         tokens = TokenSet(ids, ids.copy(), np.arange(0, len(ids) + 1, length))
-        self.job: Job = assemble(resolve(asked, plan), base, tokens, CPU)
+        full = resolve(asked, plan)
+        self.job: Job = assemble(full, base, make_batches(tokens, full), CPU)
         meter = Meter(CPU)
         probe(self.job.decoder, [self.job.batches.get(0)], self.job.optimizer, self.job.clock, meter)
         self.planned, self.measured = plan.peak_bytes, meter.peak()

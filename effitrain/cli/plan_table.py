@@ -1,7 +1,6 @@
 """How the terminal shows a plan: no line is wider than the terminal, and none ends in blanks."""
 
 import re
-import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from rich.console import Console as Terminal
 from rich.table import Table
 
-from effitrain.cli.wrap import wrapped
+from effitrain.cli.wrap import whole, wrapped
 from effitrain.core.plan import Plan, refusal
 from effitrain.core.units import format_bytes
 
@@ -49,8 +48,8 @@ def _print_verdict(plan: Plan, terminal: Terminal) -> None:
         f"Peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)} {device},"
         f" {format_bytes(plan.host_peak_bytes)} {host}."
     )
-    together = ", ".join(setting.replace(" ", "\xa0") for setting in _settings(plan))  # no setting is torn apart
-    terminal.print(f"[dim]{textwrap.fill(together, terminal.width, break_on_hyphens=False)}[/]".replace("\xa0", " "))
+    together = wrapped(", ".join(map(whole, _settings(plan))), terminal.width)
+    terminal.print(f"[dim]{together}[/]")
 
 
 def _count(params: int) -> str:

@@ -9,8 +9,13 @@ _COMMAND = re.compile(rf"`[^`\n]*`|{_FLAG}(?:(?<![,.;:)]) {_FLAG})*")
 _KEPT = "\ue000"  # a blank that is no place to break a line, of a range that no text uses
 
 
+def whole(text: str) -> str:
+    """``text`` as ``wrapped`` does not tear it."""
+    return text.replace(" ", _KEPT)
+
+
 def wrapped(text: str, width: int) -> str:
     """Each line of ``text`` in lines of at most ``width`` characters, where words and commands let it."""
     fill = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False).fill
-    whole = _COMMAND.sub(lambda command: command[0].replace(" ", _KEPT), text)
-    return "\n".join(map(fill, whole.splitlines())).replace(_KEPT, " ")
+    kept = _COMMAND.sub(lambda command: whole(command[0]), text)
+    return "\n".join(map(fill, kept.splitlines())).replace(_KEPT, " ")

@@ -10,6 +10,7 @@ from contextlib import suppress
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from effitrain.core.errors import InputError
 from effitrain.core.recipe import Recipe
@@ -125,15 +126,22 @@ def _made_before(spec: ModelSpec, folder: Path) -> ModelSpec:
     return spec.resized(small.widths).with_biases([path for path, linear in small.linears.items() if linear.bias])
 
 
+def cut_facts(folder: Path) -> dict[str, Any] | None:
+    """What ``prune`` noted beside a small model that it was made of; None where nothing can be read."""
+    try:
+        noted = json.loads((folder / CUT_FACTS).read_text(encoding="utf-8"))["made_of"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return noted if isinstance(noted, dict) else None
+
+
 def ratio_of(spec: ModelSpec, small: ModelSpec, recipe: Recipe) -> float:
     """The ratio that ``small`` was cut by: what ``prune`` noted in its folder, else the recipe's own where it leaves as
     many weights, else what is gone.
     """
-    try:
-        facts = Path(recipe.small_model or "") / CUT_FACTS
-        return float(json.loads(facts.read_text(encoding="utf-8"))["made_of"]["prune_ratio"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    noted = (cut_facts(Path(recipe.small_model or "")) or {}).get("prune_ratio")
+    if isinstance(noted, int | float):
+        return float(noted)
     with suppress(InputError):  # a ratio with which no layer is left to prune
         if recipe.prune_ratio and cut_spec(spec, recipe.prune_ratio).linear_params == small.linear_params:
             return recipe.prune_ratio

@@ -95,12 +95,9 @@ def _other(asked: Asked, change: Mapping[str, Any], without: Iterable[str]) -> A
     fields = type(asked.recipe).model_fields
     left = {name: fields[name].default for name in without if name not in change}
     gone = [name for name, default in left.items() if getattr(asked.recipe, name) != default]
-    try:
-        way = asked.changed({**left, **change}).way
-    except InputError:
-        return None
+    way = _way(asked, {**left, **change})
     words = _flags(change) + (f" without {' '.join(map(flag_of, gone))}" if gone else "")
-    return _alternative(way, words if way.fits else _shortage(way))
+    return _alternative(way, words if way.fits else _shortage(way)) if way else None
 
 
 def _shortage(way: Way) -> str:
@@ -112,10 +109,15 @@ def _shortage(way: Way) -> str:
 
 def _changed(asked: Asked, change: Mapping[str, Any]) -> list[Alternative]:
     """The plan with ``change``; none where what else was asked for forbids it."""
+    way = _way(asked, change)
+    return [_alternative(way, _flags(change))] if way else []
+
+
+def _way(asked: Asked, change: Mapping[str, Any]) -> Way | None:
     try:
-        return [_alternative(asked.changed(change).way, _flags(change))]
+        return asked.changed(change).way
     except InputError:
-        return []
+        return None
 
 
 def _shorter(asked: Asked, change: Mapping[str, Any]) -> list[Alternative]:

@@ -135,7 +135,7 @@ def resolve(recipe: Recipe, plan: Plan) -> Recipe:
     order = recipe.stream_order
     if order == "auto":
         order = "layer" if at_once > 1 else "micro-batch"
-    left = {} if plan.fit == "prune" else {name: type(recipe).model_fields[name].default for name in _unread(recipe)}
+    left = {name: type(recipe).model_fields[name].default for name in _unread(recipe, plan.fit)}
     fields = {
         **left,
         "stream_order": order if streamed else "auto",
@@ -147,9 +147,9 @@ def resolve(recipe: Recipe, plan: Plan) -> Recipe:
     return recipe.changed(**settings, **fields)
 
 
-def _unread(recipe: Recipe) -> list[str]:
-    """Choices of pruning that are given and matter only where a plan prunes."""
-    return given(recipe, recipe.fields_in("pruning"))
+def _unread(recipe: Recipe, fit: str) -> list[str]:
+    """Choices of pruning that are given, and that nothing reads where the plan does not prune."""
+    return [] if fit == "prune" else given(recipe, recipe.fields_in("pruning"))
 
 
 def refusal(plan: Plan) -> BudgetError:
@@ -237,7 +237,7 @@ def _explain(way: Way, choice: Choice, budget: MemoryBudget) -> Iterator[str]:
             f"Positions are scaled ({recipe.rope_scaling}, {recipe.rope_factor:g} times the model's length), to"
             f" {way.spec.max_positions:,} of them."
         )
-    if way.fit != "prune" and (unread := _unread(recipe)):
+    if unread := _unread(recipe, way.fit):
         flags = " and ".join(f"{flag_of(name)} {getattr(recipe, name)}" for name in unread)
         yield f"Nothing is pruned, so nothing reads {flags}: --fit prune prunes."
     if settings.s2_group:

@@ -16,7 +16,7 @@ from effitrain.core.spec import spec_from_config
 from effitrain.io.model_folder import StoredTensor, on_disk, read_config, stored_tensors
 from effitrain.io.nf4 import COMPANIONS, STATE, NF4Tensor, read_state, unhandled_quantisation
 
-_DTYPES = {
+DTYPES = {  # by their names in safetensors
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
@@ -164,9 +164,9 @@ def read_tensor(name: str, stored: StoredTensor) -> Tensor:
 
 
 def _torch_dtype(name: str, stored: StoredTensor) -> torch.dtype:
-    if stored.dtype not in _DTYPES:
+    if stored.dtype not in DTYPES:
         raise unhandled_quantisation(f"{name} is stored in {stored.dtype}, which is not handled")
-    return _DTYPES[stored.dtype]
+    return DTYPES[stored.dtype]
 
 
 def canonical_name(name: str) -> str | None:

@@ -10,20 +10,11 @@ import torch
 from torch import Tensor
 
 from effitrain.io.atomic import write_json
+from effitrain.io.checkpoint import DTYPES
 from effitrain.io.model_folder import INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9  # the size transformers writes, so that other tools meet what they know
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

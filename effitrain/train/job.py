@@ -46,7 +46,7 @@ class Job:
 def assemble(
     recipe: Recipe,
     base: Base,
-    tokens: TokenSet,
+    batches: Batches,
     device: torch.device,
     progress: Callable[[str], None] = lambda name: None,
     placement: Placement | None = None,
@@ -58,14 +58,13 @@ def assemble(
     Args:
         recipe: with every choice made.
         base: with its files on disk.
-        tokens: to train on.
+        batches: to train on, as ``make_batches`` makes them.
         device: where to.
         progress: told each layer that is in place.
         placement: which layers are streamed; None for none.
         at_once: micro-batches of a step that pass a layer before the next one is needed.
         stored: told how many parts of the store are done, of how many.
     """
-    batches = make_batches(tokens, recipe)
     decoder = load_model(base, recipe, device, progress, placement, stored)
     keep_less(decoder, recipe, len(batches.longest.input_ids), at_once)
     clock = Clock(recipe.seed)

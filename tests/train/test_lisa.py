@@ -17,7 +17,7 @@ from effitrain.model.trained import TrainedLinear, layer_weights
 from effitrain.planning import recipe
 from effitrain.train.adapter_homes import low_rank
 from effitrain.train.hooks import Hook
-from effitrain.train.job import assemble
+from effitrain.train.job import assemble, make_batches
 from effitrain.train.lisa import extremes
 from effitrain.train.loop import train
 from effitrain.train.memory import Meter
@@ -45,7 +45,8 @@ def job(tiny_model, streamed=False, family="llama", steps=12, **fields):
     asked = recipe(**given)
     plan = make_plan(base.spec, asked, MemoryBudget(2**40, 2**40, 0, "cpu"))
     placement = place(LAYERS, 2, 3) if streamed else None
-    made = assemble(resolve(asked, plan), base, tokens(), CPU, placement=placement)
+    full = resolve(asked, plan)
+    made = assemble(full, base, make_batches(tokens(), full), CPU, placement=placement)
     if made.lisa:
         made.lisa.begin(0)
     return made, plan
@@ -274,7 +275,7 @@ def test_a_trial_of_the_extremes_leaves_no_trace(tiny_model):
                 "optimizer": "adamw", "fit": "resident", "schedule": "constant", "warmup": 0.0, "dtype": "fp32",
                 "lisa_train_embeddings": False if "method" not in fields else None, **fields,
             }), plan)  # fmt: skip
-            made = assemble(asked, base, tokens(), CPU)
+            made = assemble(asked, base, make_batches(tokens(), asked), CPU)
             if tried:
                 probe(made.decoder, [made.batches.get(0)], made.optimizer, Clock(), Meter(CPU))
             made.lisa.begin(0)

@@ -21,7 +21,7 @@ from effitrain.data.batches import MicroBatch
 from effitrain.data.tokenized import TokenSet
 from effitrain.model.load import find_base
 from effitrain.train import proof
-from effitrain.train.job import assemble, chosen
+from effitrain.train.job import assemble, chosen, make_batches
 from effitrain.train.memory import Meter, StorageTracker
 from effitrain.train.optim import make_optimizer
 from effitrain.train.probe import probe
@@ -261,7 +261,7 @@ def measured_error(model: str, **fields: Any) -> float:
     full = resolve(recipe, plan)
     numbers = np.zeros(rows * length, dtype=np.int32)
     tokens = TokenSet(numbers, numbers, np.arange(0, rows * length + 1, length))
-    job = assemble(full, base.fetched(), tokens, torch.device("cpu"), placement=placement_of(plan))
+    job = assemble(full, base.fetched(), make_batches(tokens, full), torch.device("cpu"), placement=placement_of(plan))
     ids, places = torch.randint(3, base.spec.vocab, (rows * length,)), torch.arange(rows * length)
     batch = MicroBatch(ids, ids, places % length, (length,) * rows, places, rows)
     meter = Meter(torch.device("cpu"))
